@@ -1,0 +1,40 @@
+"""What several test files share: a small model, and real English cut into windows."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from model import BertConfig, BertForMaskedLM
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def model():
+    """2 layers, width 16, 60 word pieces, no dropout; weights large enough that predictions differ."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                        max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = BertForMaskedLM(config)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture(scope="session")
+def english():
+    """(tokenizer, Texts): the language reference that ships with Python, 2,000 word pieces, windows of 64."""
+    topics = pytest.importorskip("pydoc_data.topics").topics
+    documents = [[" ".join(part.split()) for part in text.split("\n\n")] for text in topics.values()]
+    tokenizer = train.train_tokenizer(documents, 2000)
+    vocab = train.Vocab(tokenizer, 2000, torch.device("cpu"))
+    return tokenizer, train.Texts(torch.from_numpy(train.pack(documents, tokenizer, 64, "test")), vocab)
+
+
+@pytest.fixture(scope="session")
+def glue_dir():
+    """The folder with real GLUE files."""
+    if not (folder := os.environ.get("GLUE_DIR")):
+        pytest.skip("GLUE_DIR is not set")
+    return Path(folder)
