@@ -1,0 +1,87 @@
+"""The KD loss against numpy and its limits; student initialisation."""
+import numpy as np
+import pytest
+import torch
+from distill import init_student, kd_loss
+from model import BertConfig, BertForMaskedLM, InputError
+
+
+def logits(seed, rows=6, words=11):
+    return torch.randn(rows, words, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+LABELS = torch.tensor([0, 3, 10, 2, 2, 7])
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("alpha, temperature", [(0.0, 1.0), (0.5, 2.0), (1.0, 4.0), (0.3, 0.5)])
+def test_it_is_the_formula_in_numpy(alpha, temperature):
+    s, t = logits(0).double().numpy(), logits(1).double().numpy()
+    ps, pt = softmax(s / temperature), softmax(t / temperature)
+    kl = (pt * (np.log(pt) - np.log(ps))).sum(-1).mean()
+    ce = -np.log(softmax(s)[np.arange(6), LABELS]).mean()
+    expected = alpha * temperature ** 2 * kl + (1 - alpha) * ce
+    assert kd_loss(logits(0), logits(1), LABELS, alpha, temperature).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
+    student = logits(0).requires_grad_()
+    loss = kd_loss(student, logits(0), LABELS, alpha=1.0, temperature=2.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6) and student.grad.abs().max() < 1e-6
+
+
+def test_at_alpha_zero_it_is_cross_entropy_and_wants_no_teacher():
+    expected = torch.nn.functional.cross_entropy(logits(0), LABELS)
+    assert torch.equal(kd_loss(logits(0), None, LABELS, alpha=0.0, temperature=2.0), expected)
+
+
+def test_hot_gradients_match_logits():
+    """Hinton et al. §2.1: for T → ∞ and zero-mean logits, ∂(T² KL)/∂z = (z_s − z_t) / V, here over N rows."""
+    s, t = (z - z.mean(-1, keepdim=True) for z in (logits(0).double(), logits(1).double()))
+    s.requires_grad_()
+    for temperature, tolerance in ((100.0, 0.05), (1000.0, 0.005)):
+        gradient, = torch.autograd.grad(kd_loss(s, t, LABELS, 1.0, temperature), s)
+        limit = (s - t).detach() / s.shape[1] / len(s)
+        assert (gradient - limit).norm() / limit.norm() < tolerance
+
+
+def model(layers, hidden=16, seed=0):
+    torch.manual_seed(seed)
+    return BertForMaskedLM(BertConfig(vocab_size=30, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2,
+                                      intermediate_size=24, max_position_embeddings=16))
+
+
+def test_layers_are_copied_evenly_spaced():
+    """DistilBERT: six layers from twelve are every second one."""
+    student, teacher = model(6, seed=0), model(12, seed=1)
+    init_student(student, teacher, "layers")
+    for i, layer in enumerate(student.bert.layers):
+        assert torch.equal(layer.output.weight, teacher.bert.layers[2 * i].output.weight)
+    assert torch.equal(student.bert.embeddings.word_embeddings.weight, teacher.bert.embeddings.word_embeddings.weight)
+
+
+def test_embeddings_alone_leave_the_layers():
+    student, teacher, untouched = model(2, seed=0), model(4, seed=1), model(2, seed=0)
+    init_student(student, teacher, "embeddings")
+    ours, theirs = student.bert.embeddings.state_dict(), teacher.bert.embeddings.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert torch.equal(student.bert.layers[0].output.weight, untouched.bert.layers[0].output.weight)
+
+
+def test_same_depth_copies_the_whole_encoder():
+    student, teacher = model(3, seed=0).eval(), model(3, seed=1).eval()
+    init_student(student, teacher, "layers")
+    ids = torch.arange(8)[None]
+    assert torch.equal(student.bert(ids), teacher.bert(ids))
+
+
+def test_what_does_not_fit_names_both_shapes():
+    with pytest.raises(InputError, match=r"\(30, 16\) in the student and \(30, 32\) in the teacher"):
+        init_student(model(2), model(2, hidden=32), "embeddings")
+    with pytest.raises(InputError, match="3 layers, the teacher 2"):
+        init_student(model(3), model(2), "layers")
