@@ -1,0 +1,937 @@
+"""Pretrains a masked language model with any of the five masking strategies.
+
+    python train.py --masking entropy --device cuda          the main job: corpus, vocabulary and teacher by itself
+    python train.py --masking typhoon --kd-weight 0.5        another strategy, with distillation
+    python train.py --corpus my_texts/ --preset mini         your own text, a larger model
+    torchrun --nproc_per_node=8 train.py --masking random    data-parallel
+
+With no other argument the corpus is the English that ships with Python, a WordPiece vocabulary is trained on it, and
+where a teacher is wanted, one is first trained with random masking and kept for the next run. The file reads in the
+order of a run: text, tokens, windows; the training step; the yardstick; the run from start to summary; the options.
+"""
+import ast
+import contextlib
+import functools
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+import warnings
+import zipfile
+from argparse import ArgumentDefaultsHelpFormatter, BooleanOptionalAction, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from distill import init_student, kd_loss
+from masking import STRATEGIES, Batch, Context, Random, Strategy, corrupt, hidden_entropy, position_entropy, random_mask
+from model import (PRESETS, SPECIAL_TOKENS, BertConfig, BertForMaskedLM, InputError, Parser, RunError, load_pretrained,
+                   log, read_json, run_cli, save_pretrained, wordpiece_tokenizer, write_atomic)
+
+CACHE = Path("data/cache")
+TEACHER_MASK_RATE = 0.15  # of the automatic teacher
+YARDSTICK_RATE = 0.15  # of the held-out exam, whatever the run's own rate
+WIKITEXT = {  # name: address, bytes, sha256 of the archive
+    "wikitext-2": ("https://wikitext.smerity.com/wikitext-2-raw-v1.zip", 4721645,
+                   "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
+    "wikitext-103": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip", 191984949,
+                     "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
+}
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+# A corpus is a list of documents, a document a list of paragraphs. Every 20th document is held out.
+
+def python_docs() -> list[list[str]]:
+    """The docstrings of the standard library, a document a module, and the language reference that `help()` shows."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data"}
+    documents = []
+    for path in sorted(root.rglob("*.py")):
+        if skip.isdisjoint(path.relative_to(root).parts):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old escapes in old modules
+                tree = ast.parse(path.read_bytes())
+            holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            documents.append([ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, holders)])
+    with contextlib.suppress(ImportError):  # some distributions leave it out
+        from pydoc_data.topics import topics
+        documents += [[topic] for topic in topics.values()]
+    return [[" ".join(part.split()) for text in texts for part in text.split("\n\n")] for texts in documents]
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte-order mark, any line ends. Raises InputError on what is not text."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        raise InputError(f"{path} is binary (a zero byte at offset {data.index(0)}): give plain UTF-8 text")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte offset {error.start}): convert it first") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def corpus_files(names: list[str]) -> list[Path]:
+    """Files for FILE, DIR (its .txt files), GLOB or a WikiText name, downloaded if need be. Raises InputError."""
+    files = []
+    for name in names:
+        if name in WIKITEXT:
+            folder = Path("data") / f"{name}-raw"
+            if not folder.is_dir():
+                url, size, sha256 = WIKITEXT[name]
+                extract(download(url, Path("data") / Path(url).name, size, sha256), Path("data"))
+            found = [folder / "wiki.train.raw", folder / "wiki.valid.raw"]
+        elif Path(name).is_dir():
+            found = sorted(Path(name).rglob("*.txt"))
+        else:
+            found = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
+        if not found:
+            raise InputError(f"--corpus {name}: no such file, folder with .txt files or glob "
+                             f"(named corpora: docs, {', '.join(WIKITEXT)})")
+        files += [path for path in found if path.is_file()]
+    return files
+
+
+def read_documents(path: Path) -> list[list[str]]:
+    """A paragraph a line, a blank line between documents; in WikiText a title begins one."""
+    documents = [[]]
+    for line in read_text(path).split("\n"):
+        title = path.suffix == ".raw" and line.startswith(" = ") and not line.startswith(" = =")
+        if title or not line.strip():
+            if path.suffix != ".raw" or title:
+                documents.append([])
+        if line.strip():
+            for joined, mark in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):  # WikiText's escapes
+                line = line.replace(joined, mark) if path.suffix == ".raw" else line
+            documents[-1].append(line.strip())
+    return documents
+
+
+def read_corpus(names: list[str], fraction: float) -> tuple[list[list[str]], list[list[str]]]:
+    """(training documents, held-out documents). `fraction` keeps that share of the training documents, always the
+    same ones, and leaves the held-out ones alone. Raises InputError where there is no text."""
+    if names == ["docs"]:
+        documents, held_out = python_docs(), None
+    else:
+        files = corpus_files(names)
+        documents = [doc for path in files if path.name != "wiki.valid.raw" for doc in read_documents(path)]
+        held_out = [doc for path in files if path.name == "wiki.valid.raw" for doc in read_documents(path)] or None
+    documents = [doc for doc in documents if any(doc)]
+    if len(documents) == 1:  # one long text: cut it by paragraphs
+        documents = [[paragraph] for paragraph in documents[0]]
+    if len(documents) < 2:
+        raise InputError(f"--corpus {' '.join(names)} has fewer than two paragraphs of text: give more")
+    if held_out is None:
+        held_out, documents = documents[::20], [doc for i, doc in enumerate(documents) if i % 20]
+    random.Random(0).shuffle(documents)
+    return documents[:math.ceil(fraction * len(documents))], held_out
+
+
+def download(url: str, path: Path, size: int, sha256: str) -> Path:
+    """Fetches a file of `size` bytes to `path`, unless it is there. Nothing appears at `path` before size and sha256
+    are right. Raises InputError, saying which file to put where, when the network or the file is not as expected."""
+    if path.exists():
+        return path
+    request = urllib.request.Request(url, headers={"User-Agent": "minimask"})
+    data = io.BytesIO()
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response, \
+                tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+            while block := response.read(1 << 16):
+                data.write(block)
+                bar.update(len(block))
+                if data.tell() > size:
+                    break
+    except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
+        raise InputError(f"could not fetch {url} ({error}): put that file at {path} yourself") from None
+    found = hashlib.sha256(data.getvalue()).hexdigest()
+    if found != sha256:
+        raise InputError(f"{url} gave {data.tell():,} bytes with sha256 {found[:12]}..., expected {size:,} with "
+                         f"{sha256[:12]}...: try again, or put the right file at {path}")
+    write_atomic(path, data.getvalue())
+    return path
+
+
+def extract(archive: Path, folder: Path):
+    """Unpacks a .zip, member by member, inside `folder`. Raises InputError before anything is written where a member
+    would land outside it or the archive is broken."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = [member for member in file.infolist() if not member.is_dir()]
+            for member in members:
+                target = (folder / member.filename).resolve()
+                if not target.is_relative_to(folder.resolve()):
+                    raise InputError(f"{archive} holds {member.filename!r}, which leads out of {folder}: do not trust it")
+            if broken := file.testzip():
+                raise InputError(f"{archive}: {broken} is damaged: delete the archive and try again")
+            for member in members:
+                write_atomic(folder / member.filename, file.read(member))
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{archive} is not a sound .zip ({error}): delete it and try again") from None
+
+
+# --- tokens and windows ----------------------------------------------------------------------------------------------
+
+def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
+    """A lower-case WordPiece vocabulary on the training documents."""
+    tokenizer = wordpiece_tokenizer({})
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS),
+                                        show_progress=False)
+    tokenizer.train_from_iterator((paragraph for doc in documents for paragraph in doc), trainer)
+    return wordpiece_tokenizer(tokenizer.get_vocab())
+
+
+def pack(documents: list[list[str]], tokenizer: Tokenizer, seq_len: int, name: str) -> np.ndarray:
+    """Windows [CLS] … [SEP] of seq_len tokens, packed across documents with a [SEP] between them, no padding; what is
+    left over is dropped. Returns (n, seq_len) int32; n may be 0."""
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    stream = []
+    for start in tqdm(range(0, len(documents), 256), desc=f"tokenising {name}", leave=False, disable=rank() > 0):
+        block = documents[start:start + 256]
+        pieces = iter(tokenizer.encode_batch_fast([p for doc in block for p in doc], add_special_tokens=False))
+        for doc in block:
+            for _ in doc:
+                stream.append(np.array(next(pieces).ids, dtype=np.int32))
+            stream.append(np.array([sep], dtype=np.int32))
+    tokens = np.concatenate(stream)
+    inner = seq_len - 2
+    body = tokens[:len(tokens) // inner * inner].reshape(-1, inner)
+    return np.pad(body, ((0, 0), (1, 1)), constant_values=((0, 0), (cls, sep)))
+
+
+def cached(kind: str, key: object, build) -> dict[str, np.ndarray]:
+    """`build()`, a dict of arrays, kept under data/cache by what it was made from. A damaged file is rebuilt; of two
+    processes that build the same one, either may win."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = CACHE / f"{kind}-{name}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        log.warning("%s is damaged: building it again", path)
+    arrays = build()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    if rank() == 0:
+        write_atomic(path, buffer.getvalue())
+    return arrays
+
+
+class Vocab:
+    """What masking must know of a tokenizer, as tensors on a device."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, device: torch.device):
+        pieces = [tokenizer.id_to_token(i) or "" for i in range(size)]
+        self.size, self.mask_id, self.pad_id = size, tokenizer.token_to_id("[MASK]"), tokenizer.token_to_id("[PAD]")
+        self.special_ids = tuple(i for i, piece in enumerate(pieces) if piece in SPECIAL_TOKENS or not piece)
+        self.ordinary = torch.ones(size, dtype=torch.bool, device=device)  # (V,)
+        self.ordinary[list(self.special_ids)] = False
+        self.continuation = torch.tensor([piece.startswith("##") for piece in pieces], device=device)  # (V,)
+
+
+class Texts:
+    """The texts of a corpus as one array on the device: (n, L) ids, all of the same length or padded with [PAD]."""
+
+    def __init__(self, input_ids: Tensor, vocab: Vocab, token_type_ids: Tensor | None = None):
+        self.input_ids, self.vocab, self.token_type_ids = input_ids, vocab, token_type_ids
+        self.padded = bool((input_ids == vocab.pad_id).any())
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def batch(self, index: Tensor) -> Batch:
+        """Texts number `index` (B,), cut to the longest of them."""
+        ids = self.input_ids[index].long()  # (B, L)
+        types = None if self.token_type_ids is None else self.token_type_ids[index].long()
+        attention_mask = None
+        if self.padded:
+            attention_mask = ids != self.vocab.pad_id
+            longest = int(attention_mask.sum(1).max())
+            ids, attention_mask = ids[:, :longest], attention_mask[:, :longest]
+            types = None if types is None else types[:, :longest]
+        return Batch(ids, self.vocab.ordinary[ids], index, attention_mask, types)
+
+    def token_counts(self) -> Tensor:
+        """(V,) how often each ordinary type occurs."""
+        counts = sum(torch.bincount(part.flatten().long(), minlength=self.vocab.size)
+                     for part in self.input_ids.split(4096))
+        return counts * self.vocab.ordinary
+
+
+# --- data-parallel ---------------------------------------------------------------------------------------------------
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def reduce_sum(tensor: Tensor) -> Tensor:
+    """Sums a tensor over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# --- the training step -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Recipe:
+    """The numbers of the loop."""
+    steps: int
+    batch_size: int  # texts an optimizer step, over all ranks and micro-batches
+    lr: float
+    accumulate: int = 1
+    warmup: float = 0.1  # a fraction of the steps
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    corruption: tuple = (0.8, 0.1, 0.1)
+    strategy_start: float = 0.0  # random masks for this fraction of the steps
+    kd_weight: float = 0.0
+    kd_temperature: float = 2.0
+    kd_start: float = 0.0
+    seed: int = 0
+    bf16: bool = False
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) on what is not frozen; no decay on biases and LayerNorms, as BERT."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def lr_at(step: int, steps: int, warmup: float) -> float:
+    """The factor on the learning rate: up in a line for `warmup` (a fraction of the steps), then down in a line."""
+    first = max(1, round(warmup * steps))
+    return (step + 1) / first if step < first else max(0.0, (steps - step) / max(1, steps - first))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class Trainer:
+    """A model, its optimizer and a strategy, one step at a time.
+
+    All randomness of step t comes from (seed, rank, t), and the order of the texts from (seed, epoch): a resumed run
+    needs no generator's state to go on exactly as it would have."""
+
+    def __init__(self, model: BertForMaskedLM, texts: Texts, strategy: Strategy, recipe: Recipe,
+                 teacher: BertForMaskedLM | None = None):
+        self.model, self.texts, self.strategy, self.recipe, self.teacher = model, texts, strategy, recipe, teacher
+        self.device = model.head.bias.device
+        self.random = Random(strategy.context)
+        self.generator = torch.Generator(self.device)
+        self.optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
+        self.parallel = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
+
+    def rows(self, step: int) -> list[Tensor]:
+        """Which texts this rank reads in this step: `accumulate` tensors of text numbers."""
+        size, n = self.recipe.batch_size, len(self.texts)
+        stream = np.arange(step * size, (step + 1) * size)  # epoch after epoch, each in its own order
+        index = [epoch_order(n, self.recipe.seed, epoch)[i] for epoch, i in zip(*np.divmod(stream, n))]
+        parts = np.array(index).reshape(world_size(), self.recipe.accumulate, -1)[rank()]
+        return list(torch.from_numpy(parts).to(self.texts.input_ids.device))
+
+    def seed(self, step: int):
+        words = np.random.SeedSequence([self.recipe.seed, rank(), step]).generate_state(2)
+        torch.manual_seed(int(words[0]))  # dropout
+        self.generator.manual_seed(int(words[1]))  # masks
+
+    def micro_step(self, batch: Batch, mask: Tensor, masked_in_all: Tensor, kd_weight: float) -> Tensor:
+        """Forward and backward on one micro-batch. Returns the sum of its loss over its masked positions, in nats."""
+        recipe, vocab = self.recipe, self.texts.vocab
+        corrupted, labels = corrupt(batch.input_ids, mask, vocab.mask_id, vocab.size, recipe.corruption, self.generator,
+                                    vocab.special_ids)
+        inputs = {"attention_mask": batch.attention_mask, "token_type_ids": batch.token_type_ids, "positions": mask}
+        with self.autocast():
+            words = self.model.bert.embeddings.word_embeddings(corrupted)  # (B, L, H)
+            if self.strategy.wants_gradient:
+                words.retain_grad()
+            logits = self.parallel(inputs_embeds=words, **inputs)  # (N, V)
+            with torch.no_grad():
+                teacher_logits = self.teacher(corrupted, **inputs) if kd_weight else None
+            loss = kd_loss(logits, teacher_logits, labels[mask], kd_weight, recipe.kd_temperature) * len(logits)
+        (loss * world_size() / masked_in_all).backward()  # ranks are averaged; every masked token counts the same
+        if self.strategy.wants_gradient:
+            self.strategy.observe(batch, mask, words.grad)
+        return loss.detach()
+
+    def step(self, step: int) -> Tensor:
+        """One optimizer step. Returns a tensor on the device, over all ranks: loss (nats a masked token), gradient
+        norm, masked tokens, maskable tokens."""
+        recipe, progress = self.recipe, step / self.recipe.steps
+        self.seed(step)
+        batches = [self.texts.batch(index) for index in self.rows(step)]
+        strategy = self.strategy if progress >= recipe.strategy_start else self.random
+        with self.autocast():
+            masks = [strategy.mask(batch, self.generator) for batch in batches]
+        counts = torch.stack([sum(mask.sum() for mask in masks), sum(batch.maskable.sum() for batch in batches)])
+        masked, maskable = reduce_sum(counts).clamp(min=1)
+        kd_weight = recipe.kd_weight if progress >= recipe.kd_start else 0.0
+        loss = 0
+        for i, (batch, mask) in enumerate(zip(batches, masks)):
+            last = i + 1 == len(batches)
+            with contextlib.nullcontext() if last or world_size() == 1 else self.parallel.no_sync():
+                loss = loss + self.micro_step(batch, mask, masked, kd_weight)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * lr_at(step, recipe.steps, recipe.warmup)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.strategy.end_step(reduce_sum)
+        return torch.stack([reduce_sum(loss) / masked, norm, masked.float(), maskable.float()])
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16)
+
+    def state_dict(self) -> dict:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "strategy": self.strategy.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.strategy.load_state_dict(state["strategy"])
+
+
+# --- the teacher's entropies -----------------------------------------------------------------------------------------
+
+def entropy_table(teacher: BertForMaskedLM, texts: Texts, entropy_input: str, rate: float, bf16: bool) -> Tensor:
+    """The frozen teacher's entropy at every position of every text, (n, L) float16 in nats, 0 off the maskable ones.
+
+    entropy_input: "visible", one pass over the text as it is; "masked", each position while it is hidden."""
+    device, rows = texts.input_ids.device, []
+    generator = torch.Generator(device).manual_seed(0)
+    parts = torch.arange(len(texts), device=device).split(64)
+    for index in tqdm(parts, desc="the teacher's entropies", leave=False, disable=rank() > 0):
+        batch = texts.batch(index)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            if entropy_input == "visible":
+                entropy = position_entropy(teacher, batch, batch.input_ids, batch.maskable)
+            else:
+                entropy = hidden_entropy(teacher, batch, rate, texts.vocab.mask_id, generator)
+        rows.append(F.pad(entropy.half(), (0, texts.input_ids.shape[1] - entropy.shape[1])))
+    return torch.cat(rows)
+
+
+# --- the yardstick ---------------------------------------------------------------------------------------------------
+
+
+
+def yardstick_masks(texts: Texts) -> list[tuple[Batch, Tensor]]:
+    """The held-out exam, the same for every strategy: random positions from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
+    exam = []
+    for index in torch.arange(len(texts)).split(64):
+        batch = texts.batch(index.to(texts.input_ids.device))
+        mask = random_mask(batch.maskable.cpu(), YARDSTICK_RATE, generator)
+        exam.append((batch, mask.to(texts.input_ids.device)))
+    return exam
+
+
+@torch.no_grad()
+def yardstick(model: BertForMaskedLM, texts: Texts, bf16: bool = False) -> dict[str, float]:
+    """Cross-entropy (nats) and accuracy (fraction) at random held-out positions, all of them [MASK]. With BERT's
+    80/10/10 a model that copies what it sees would already score."""
+    model.eval()
+    totals = torch.zeros(3, device=texts.input_ids.device)  # loss, right, count
+    for batch, mask in yardstick_masks(texts)[rank()::world_size()]:
+        corrupted, labels = corrupt(batch.input_ids, mask, texts.vocab.mask_id, texts.vocab.size, (1, 0, 0))
+        with torch.autocast(totals.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(corrupted, batch.attention_mask, batch.token_type_ids, positions=mask).float()  # (N, V)
+        loss = F.cross_entropy(logits, labels[mask], reduction="sum")
+        totals += torch.stack([loss, (logits.argmax(-1) == labels[mask]).sum(), mask.sum()])
+    loss, right, count = reduce_sum(totals).tolist()
+    model.train()
+    return {"loss": loss / count, "accuracy": right / count, "positions": int(count)}
+
+
+def frequency_yardstick(texts: Texts, token_counts: Tensor) -> dict[str, float]:
+    """The same exam for whoever knows nothing but word-piece frequencies (V,), each raised by one."""
+    probability = (token_counts + 1) * texts.vocab.ordinary / (token_counts + 1)[texts.vocab.ordinary].sum()
+    words = torch.cat([batch.input_ids[mask] for batch, mask in yardstick_masks(texts)])
+    return {"loss": -probability[words].log().mean().item(), "positions": len(words),
+            "accuracy": (words == token_counts.argmax()).float().mean().item()}
+
+
+SENTENCES = ("return the [MASK] of the list.", "the file could not be [MASK].", "this is the first [MASK] of the year.")
+
+
+@torch.no_grad()
+def fill_in(model: BertForMaskedLM, tokenizer: Tokenizer, device: torch.device) -> list[str]:
+    """The three likeliest words for the gap in each of SENTENCES."""
+    lines = []
+    for sentence in SENTENCES:
+        ids = torch.tensor([tokenizer.encode(sentence).ids], device=device)
+        logits = model(ids, positions=ids == tokenizer.token_to_id("[MASK]"))[0]
+        best = logits.float().softmax(-1).topk(3)
+        words = (f"{tokenizer.id_to_token(i)} {p:.0%}" for p, i in zip(best.values.tolist(), best.indices.tolist()))
+        lines.append(f"  {sentence:<40} {', '.join(words)}")
+    return lines
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+def pick_device(name: str) -> torch.device:
+    """auto is cuda, then mps, then cpu; under torchrun each rank has its own GPU. Raises InputError where a device
+    that was asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind, _, number = name.partition(":")
+    if name == "auto":
+        kind = next(kind for kind, found in there.items() if found)
+    elif kind not in there or (number and not number.isdigit()):
+        raise InputError(f"unknown device {name!r}: auto, cpu, cuda, cuda:N or mps")
+    if not there[kind] or (kind == "cuda" and number and int(number) >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
+    if kind == "cuda" and world_size() > 1:
+        number = os.environ["LOCAL_RANK"]
+    return torch.device(f"{kind}:{number}" if number else kind)
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """Rank 0 builds what goes to a file; the others follow and find it there."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
+def prepare_texts(args: Namespace, tokenizer: Tokenizer | None) -> tuple[Tokenizer, dict[str, np.ndarray]]:
+    """The tokenizer, trained if none is given, and the windows: {"train": (n, L), "held_out": (m, L), ...}."""
+    files = [] if args.corpus == ["docs"] else corpus_files(args.corpus)
+    key = [platform.python_version() if not files else [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+           args.corpus_fraction, args.vocab_size, args.seq_len,
+           tokenizer and hashlib.sha256(tokenizer.to_str().encode()).hexdigest()]
+
+    def build():
+        documents, held_out = read_corpus(args.corpus, args.corpus_fraction)
+        pieces = tokenizer or train_tokenizer(documents, args.vocab_size or 8192)
+        train, valid = (pack(part, pieces, args.seq_len, name) for part, name in
+                        ((documents, "the corpus"), (held_out, "the held-out documents")))
+        if not len(train) or not len(valid):
+            raise InputError(f"--corpus {' '.join(args.corpus)} is too short for one window of {args.seq_len} tokens, "
+                             f"or its held-out twentieth is: give more text or a smaller --seq-len")
+        return {"train": train, "held_out": valid[:1000], "tokenizer": np.array(pieces.to_str())}
+
+    with rank_zero_first():
+        arrays = cached("windows", key, build)
+    return Tokenizer.from_str(str(arrays.pop("tokenizer"))), arrays
+
+
+def reference_args(args: Namespace) -> Namespace:
+    """The run that makes the automatic teacher: this one with random, pure [MASK] masks and a fixed seed. Its directory
+    is named after what decides its weights, so that the next run finds it."""
+    changed = {"masking": "random", "mask_rate": TEACHER_MASK_RATE, "corruption": [1.0, 0.0, 0.0], "seed": 0,
+               "steps": args.teacher_steps, "kd_weight": 0.0, "strategy_start": 0.0, "student_init": "random"}
+    reference = Namespace(**vars(args) | changed)
+    decides = ("corpus", "corpus_fraction", "vocab_size", "preset", "seq_len", "steps", "batch_size", "lr", "warmup",
+               "weight_decay", "clip", "dropout")
+    name = hashlib.sha256(json.dumps([getattr(reference, key) for key in decides]).encode()).hexdigest()[:8]
+    reference.out = str(Path("runs") / f"reference-{name}")
+    reference.resume = reference.out if (Path(reference.out) / "train_args.json").exists() else None
+    return reference
+
+
+def find_teacher(args: Namespace) -> str | None:
+    """The teacher's directory or hub name: --teacher, or else the model that --init starts from, or else one trained
+    here and now. None where nobody wants one."""
+    wanted = STRATEGIES[args.masking].needs_teacher or args.kd_weight or args.student_init != "random"
+    if not wanted or args.teacher or args.init:
+        return args.teacher or (args.init if wanted else None)
+    reference = reference_args(args)
+    if not (Path(reference.out) / "model.safetensors").exists():
+        say(f"no --teacher: training a reference model with random masking first, kept in {reference.out}")
+        pretrain(reference)
+    if world_size() > 1:
+        dist.barrier()
+    return reference.out
+
+
+def say(text: str):
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def frozen(name: str, device: torch.device) -> BertForMaskedLM:
+    return load_pretrained(name, head="mlm")[0].to(device).eval().requires_grad_(False)
+
+
+def check_vocab(args: Namespace, teacher: Tokenizer | None, init: Tokenizer | None):
+    """Teacher and student share a vocabulary. Raises InputError, naming both sizes, where they cannot."""
+    fixed = teacher or init
+    if fixed and args.vocab_size and fixed.get_vocab_size() != args.vocab_size:
+        raise InputError(f"{'teacher' if teacher else '--init'} has {fixed.get_vocab_size():,} word pieces, student "
+                         f"{args.vocab_size:,}: drop --vocab-size or choose another --{'teacher' if teacher else 'init'}")
+    if teacher and init and teacher.get_vocab() != init.get_vocab():
+        raise InputError(f"teacher has {teacher.get_vocab_size():,} word pieces, --init {init.get_vocab_size():,}, and "
+                         "they are not the same: choose another --teacher or --init")
+
+
+def build_model(args: Namespace, tokenizer: Tokenizer, teacher: BertForMaskedLM | None) -> BertForMaskedLM:
+    """The student: --init's weights or a fresh preset, then what --student-init copies from the teacher."""
+    torch.manual_seed(args.seed)
+    if args.init:
+        model = load_pretrained(args.init, head="mlm", dropout=args.dropout)[0]
+    else:
+        size = teacher.config.vocab_size if teacher else tokenizer.get_vocab_size()
+        model = BertForMaskedLM(BertConfig.preset(args.preset, vocab_size=size, hidden_dropout_prob=args.dropout,
+                                                  attention_probs_dropout_prob=args.dropout))
+    if args.student_init != "random":
+        init_student(model, teacher, args.student_init)
+    return model
+
+
+def build_strategy(name: str, model: BertForMaskedLM, texts: Texts, teacher_entropy, args: Namespace) -> Strategy:
+    """A row of STRATEGIES, made for these texts. args: mask_rate, entropy_select, entropy_input, typhoon_spread and
+    typhoon_ema; teacher_entropy: called without arguments by the strategy that wants the table."""
+    return STRATEGIES[name](Context(args.mask_rate, model, texts.token_counts(), texts.vocab.continuation,
+                                    texts.vocab.mask_id, teacher_entropy, args.entropy_select, args.entropy_input,
+                                    args.typhoon_spread, args.typhoon_ema))
+
+
+class Signals:
+    """Remembers SIGINT or SIGTERM, so that the step under way can be finished and saved."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        self.number = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank has received, 0 for none; the same on every rank."""
+        if world_size() == 1:
+            return self.number
+        number = torch.tensor(self.number, device=device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
+
+class RunDirectory:
+    """log.jsonl and checkpoint.pt. A checkpoint remembers how long the log was; resuming cuts it back to there."""
+
+    def __init__(self, path: Path):
+        self.path, self.log_path, self.checkpoint_path = path, path / "log.jsonl", path / "checkpoint.pt"
+
+    def log(self, **fields):
+        """Appends a line. It holds no times, so that a resumed run writes the same bytes."""
+        if rank() == 0:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(fields) + "\n")
+
+    def save(self, trainer: Trainer, **state):
+        if rank() == 0:
+            buffer = io.BytesIO()
+            log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
+            torch.save({**trainer.state_dict(), **state, "log_bytes": log_bytes}, buffer)
+            write_atomic(self.checkpoint_path, buffer.getvalue())
+
+    def restore(self, trainer: Trainer) -> dict:
+        """Loads the checkpoint, if there is one yet, and cuts the log back. Raises InputError on a damaged one."""
+        state = {}
+        if self.checkpoint_path.exists():
+            try:
+                state = torch.load(self.checkpoint_path, map_location=trainer.device, weights_only=True)
+                trainer.load_state_dict(state)
+            except Exception as error:  # a damaged file can raise nearly anything
+                raise InputError(f"{self.checkpoint_path} is damaged ({type(error).__name__}): delete it, and --resume "
+                                 "starts from the first step") from None
+        if self.log_path.exists() and rank() == 0:
+            os.truncate(self.log_path, state.get("log_bytes", 0))
+        return state
+
+
+def new_directory(args: Namespace) -> Path:
+    """--out, or else the first free name of the form runs/entropy, runs/entropy-2, ..."""
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        return Path(args.out)
+    name, number = "runs/" + args.masking + ("-kd" if args.kd_weight else ""), 1
+    while True:
+        path = Path(name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def versions() -> dict[str, str | None]:
+    """Python, PyTorch and tokenizers, and this code's commit where git can tell."""
+    import tokenizers
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "tokenizers": tokenizers.__version__, "commit": git.stdout.strip() or None}
+
+
+def pretrain(args: Namespace) -> Path:
+    """One run from text to summary. Returns its directory."""
+    device = pick_device(args.device)
+    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+    check_vocab(args, *(load_pretrained(name, head="mlm")[1] if name else None for name in (args.teacher, args.init)))
+    teacher_dir = find_teacher(args)
+    fixed = args.init or args.teacher
+    tokenizer, arrays = prepare_texts(args, load_pretrained(fixed, head="mlm")[1] if fixed else None)
+    teacher = frozen(teacher_dir, device) if teacher_dir else None
+    model = build_model(args, tokenizer, teacher).to(device)
+    for name, one in (("model", model), ("teacher", teacher)):
+        if one and one.config.max_position_embeddings < args.seq_len:
+            raise InputError(f"the {name} has {one.config.max_position_embeddings} positions: lower --seq-len {args.seq_len}")
+    vocab = Vocab(tokenizer, model.config.vocab_size, device)
+    texts, held_out = (Texts(torch.from_numpy(arrays[part]).to(device), vocab) for part in ("train", "held_out"))
+
+    def teacher_entropy():
+        weights = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in teacher.state_dict().values())).hexdigest()
+        windows = hashlib.sha256(arrays["train"].tobytes()).hexdigest()
+        key = [weights, windows, args.entropy_input, args.mask_rate if args.entropy_input == "masked" else None, bf16]
+        with rank_zero_first():
+            table = cached("entropy", key, lambda: {"entropy": entropy_table(
+                teacher, texts, args.entropy_input, args.mask_rate, bf16).cpu().numpy()})
+        return torch.from_numpy(table["entropy"]).to(device)
+
+    strategy = build_strategy(args.masking, model, texts, teacher_entropy, args)
+    recipe = Recipe(args.steps, args.batch_size, args.lr, args.accumulate, args.warmup, args.weight_decay, args.clip,
+                    tuple(args.corruption), args.strategy_start, args.kd_weight, args.kd_temperature, args.kd_start,
+                    args.seed, bf16)
+    trainer = Trainer(model, texts, strategy, recipe, teacher)
+    if args.compile:
+        model.bert.compile()
+        model.head.compile()
+    run, state = None, {}
+    if args.resume:
+        run = RunDirectory(Path(args.resume))
+        state = run.restore(trainer)
+    elif rank() == 0:
+        run = RunDirectory(new_directory(args))
+        settings = vars(args) | {"out": str(run.path), "teacher_dir": teacher_dir, "versions": versions()}
+        write_atomic(run.path / "train_args.json", json.dumps(settings, indent=1) + "\n")
+    run = run or RunDirectory(Path("."))  # the other ranks write nothing
+    say(f"{run.path}: {args.masking} masking of {args.mask_rate:.0%}, {len(texts):,} windows of {args.seq_len} tokens, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
+    totals, seconds = training_loop(trainer, held_out, run, args, state)
+    if rank() == 0:
+        save_pretrained(model, tokenizer, run.path)
+    summarise(trainer, held_out, tokenizer, run.path, args, totals, seconds)
+    return run.path
+
+
+def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Namespace, state: dict):
+    """Steps, with a log, the yardstick and checkpoints. Returns masked and maskable tokens so far, (2,), and the seconds
+    that this process trained. Raises RunError on a loss that is not finite; exits on SIGINT and SIGTERM once saved."""
+    device, first, began = trainer.device, state.get("step", 0), time.perf_counter()
+    since = state.get("since", torch.zeros(4)).to(device)  # loss · masked, largest norm, masked, maskable since the log
+    totals = state.get("totals", torch.zeros(2, dtype=torch.float64))  # masked, maskable up to the last log line
+    bad = torch.tensor(-1, device=device)  # the first step whose loss or gradient was not finite
+    bar = tqdm(total=args.steps, initial=first, desc=run.path.name, disable=rank() > 0, unit="step")
+    trainer.model.train()
+
+    def due(every, step):
+        return (step + 1) % every == 0 or step + 1 == args.steps
+
+    with Signals() as signals, bar:
+        for step in range(first, args.steps):
+            loss, norm, masked, maskable = trainer.step(step)
+            bad = torch.where((bad < 0) & ~torch.isfinite(loss + norm), step, bad)
+            since = torch.stack([since[0] + loss * masked, torch.maximum(since[1], norm), since[2] + masked,
+                                 since[3] + maskable])
+            stop = signals.agreed(device)
+            if due(args.log_every, step) or due(args.eval_every, step) or due(args.save_every, step) or stop:
+                if int(bad) >= 0:
+                    run.log(step=int(bad) + 1, loss=None, error="the loss or its gradient is not finite")
+                    raise RunError(f"step {int(bad) + 1}: the loss or its gradient is not finite; lower --lr, lengthen "
+                                   f"--warmup or drop --bf16. The last good checkpoint is kept in {run.path}")
+            if due(args.log_every, step):
+                mean = (since[0] / since[2]).item()
+                totals = totals + since[2:].double().cpu()
+                lr = trainer.optimizer.param_groups[0]["lr"]
+                run.log(step=step + 1, loss=mean, lr=lr, grad_norm=since[1].item(), masked=int(totals[0]))
+                speed = (step + 1 - first) * args.batch_size * args.seq_len / (time.perf_counter() - began)
+                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", tokens=f"{speed:,.0f}/s")
+                since = torch.zeros_like(since)
+            if due(args.eval_every, step):
+                run.log(step=step + 1, yardstick=yardstick(trainer.model, held_out, trainer.recipe.bf16))
+            if due(args.save_every, step) or stop:
+                run.save(trainer, step=step + 1, since=since, totals=totals)
+            bar.update()
+            if stop:
+                bar.close()
+                say(f"stopped after step {step + 1} and saved; to go on: python train.py --resume {shlex.quote(str(run.path))}")
+                sys.exit(128 + stop)
+    return totals, time.perf_counter() - began
+
+
+def summarise(trainer: Trainer, held_out: Texts, tokenizer: Tokenizer, path: Path, args: Namespace, totals: Tensor,
+              seconds: float):
+    """Says in plain words what came of a run."""
+    exams = {"word-piece frequency alone": frequency_yardstick(held_out, trainer.strategy.context.token_counts)}
+    if trainer.teacher:
+        exams["the teacher"] = yardstick(trainer.teacher, held_out, trainer.recipe.bf16)
+        trainer.teacher.eval()
+    exams[f"this model ({args.masking})"] = yardstick(trainer.model, held_out, trainer.recipe.bf16)
+    trainer.model.eval()
+    masked, maskable = totals.tolist()
+    say(f"\n{path}: {args.steps:,} steps, {seconds:.0f} s\n"
+        f"masked {masked / max(1, maskable):.2%} of the ordinary tokens (asked for: {args.mask_rate:.2%}), {masked:,.0f} "
+        "guesses in all\n\n"
+        f"{'held-out text, random positions, all [MASK]':<46}{'loss (nats)':>12}{'accuracy':>10}")
+    for name, exam in exams.items():
+        say(f"  {name:<44}{exam['loss']:>12.2f}{exam['accuracy']:>10.1%}")
+    say("The same exam for every strategy. A strategy's own training loss is no measure: hard tokens cost more.\n\n"
+        "What it fills in:\n" + "\n".join(fill_in(trainer.model, tokenizer, trainer.device)))
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+def make_parser() -> Parser:
+    parser = Parser(description="Pretrain a masked language model.", formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--masking", default="random", help=f"who is masked: {', '.join(STRATEGIES)}")
+    add("--mask-rate", type=float, default=0.15, help="the budget, a fraction of the ordinary tokens")
+    add("--corruption", type=float, nargs=3, default=[0.8, 0.1, 0.1], metavar=("MASK", "SWAP", "KEEP"),
+        help="shares of the chosen tokens that become [MASK], become a random token, stay")
+    add("--strategy-start", type=float, default=0.0, help="random masks for this fraction of the steps")
+    add("--entropy-select", default="high", help="high, low, mixed or sample")
+    add("--entropy-input", default="masked", help="entropy of a token that the model sees (visible) or not (masked)")
+    add("--typhoon-spread", type=float, default=0.4, help="the lowest rate is 1 - spread times the highest")
+    add("--typhoon-ema", type=float, default=0.8, help="weight of the new value in the moving average")
+    add("--teacher", help="model for entropy masking and distillation (default: trained first, and kept)")
+    add("--teacher-steps", type=int, default=1000, help="steps of the teacher that is trained first")
+    add("--kd-weight", type=float, default=0.0, help="alpha: share of the distillation term in the loss")
+    add("--kd-temperature", type=float, default=2.0, help="T: softens teacher and student")
+    add("--kd-start", type=float, default=0.0, help="distil after this fraction of the steps")
+    add("--student-init", default="random", help="copy from the teacher: random (nothing), embeddings or layers")
+    add("--corpus", nargs="+", default=["docs"], help=f"docs, {', '.join(WIKITEXT)}, or files, folders, globs")
+    add("--corpus-fraction", type=float, default=1.0, help="train on this share of the documents")
+    add("--vocab-size", type=int, help="word pieces to train (default: 8192, or the teacher's)")
+    add("--seq-len", type=int, default=128, help="tokens a window, [CLS] and [SEP] included")
+    add("--preset", default="tiny", help=f"size of a fresh model: {', '.join(PRESETS)}")
+    add("--init", help="start from this model instead: a run, a Hugging Face directory or a hub name")
+    add("--dropout", type=float, default=0.0, help="0 suits short runs from scratch; BERT has 0.1")
+    add("--steps", type=int, default=700, help="optimizer steps")
+    add("--batch-size", type=int, default=32, help="windows an optimizer step, over all ranks")
+    add("--accumulate", type=int, default=1, help="micro-batches that a rank cuts its share into")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    add("--warmup", type=float, default=0.1, help="fraction of the steps in which it rises")
+    add("--weight-decay", type=float, default=0.01, help="not on biases and LayerNorms")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--seed", type=int, default=0, help="of weights, order, masks and dropout")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
+    add("--compile", action="store_true", help="torch.compile the encoder and the head")
+    add("--out", help="run directory (default: runs/MASKING, or the first free runs/MASKING-N)")
+    add("--resume", metavar="RUN", help="go on with this run, with its own arguments")
+    add("--log-every", type=int, default=50, metavar="STEPS")
+    add("--eval-every", type=int, default=200, metavar="STEPS")
+    add("--save-every", type=int, default=200, metavar="STEPS")
+    return parser
+
+
+MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "log_every", "eval_every", "save_every"}
+
+
+def parse_args(argv=None) -> Namespace:
+    """The arguments; with --resume the run's own, under what is given again. Raises InputError on what cannot be."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        path = Path(args.resume) / "train_args.json"
+        if not path.exists():
+            raise InputError(f"--resume {args.resume}: no train_args.json there, so it is no run of train.py")
+        stored = read_json(path)
+        args = parser.parse_args(argv, Namespace(**{key: stored.get(key) for key in vars(args)}))
+        for key in sorted(set(vars(args)) - MAY_CHANGE):
+            if getattr(args, key) != stored.get(key):
+                raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but {args.resume} was started with "
+                                 f"{stored.get(key)}: drop it, or start a new run")
+        args.out = args.resume
+    check(args)
+    return args
+
+
+def check(args: Namespace):
+    """Everything that can be wrong with the arguments alone. Raises InputError."""
+    def require(holds, message):
+        if not holds:
+            raise InputError(message)
+
+    choices = {"masking": STRATEGIES, "preset": PRESETS, "entropy_select": ("high", "low", "mixed", "sample"),
+               "entropy_input": ("visible", "masked"), "student_init": ("random", "embeddings", "layers")}
+    for name, known in choices.items():
+        value = getattr(args, name)
+        require(value in known, f"--{name.replace('_', '-')} {value!r} is unknown: choose from {', '.join(known)}")
+    require(0 < args.mask_rate < 1, f"--mask-rate {args.mask_rate} is not between 0 and 1")
+    require(min(args.corruption) >= 0 and math.isclose(sum(args.corruption), 1, abs_tol=1e-6),
+            f"--corruption {' '.join(map(str, args.corruption))}: three shares that sum to 1, such as 0.8 0.1 0.1")
+    for name in ("strategy_start", "kd_start", "kd_weight", "warmup", "dropout", "typhoon_spread", "typhoon_ema"):
+        require(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} {getattr(args, name)} is not in 0 to 1")
+    require(0 < args.corpus_fraction <= 1, f"--corpus-fraction {args.corpus_fraction} is not above 0 and at most 1")
+    for name in ("steps", "teacher_steps", "batch_size", "accumulate", "log_every", "eval_every", "save_every"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)} is not at least 1")
+    for name in ("lr", "kd_temperature", "clip"):
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0")
+    require(args.weight_decay >= 0, f"--weight-decay {args.weight_decay} is negative")
+    require(args.seed >= 0, f"--seed {args.seed} is negative")
+    require(args.seq_len >= 3, f"--seq-len {args.seq_len} leaves no room between [CLS] and [SEP]: 3 at least")
+    require(args.vocab_size is None or args.vocab_size >= 100, f"--vocab-size {args.vocab_size} is too small: 100 at least")
+    require(args.batch_size % (world_size() * args.accumulate) == 0,
+            f"--batch-size {args.batch_size} cannot be shared by {world_size()} ranks × {args.accumulate} micro-batches")
+    if args.corpus != ["docs"]:
+        corpus_files(args.corpus)
+    if args.out and not args.resume:
+        out = Path(args.out)
+        require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
+                f"--out {out} holds something already: choose another, or --resume {out}")
+    pick_device(args.device)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if world_size() > 1:
+        dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
+    try:
+        pretrain(args)
+    except torch.cuda.OutOfMemoryError:
+        raise RunError(f"the GPU's memory is full at --batch-size {args.batch_size}, --seq-len {args.seq_len}, --preset "
+                       f"{args.preset}: lower one of them, or raise --accumulate") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_cli(main)
