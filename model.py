@@ -171,7 +171,7 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooler else None
-        self.apply(init_weights)
+        init_weights(self, config)
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, rows=None):
         """input_ids (B, L) or inputs_embeds (B, L, H), the word embeddings; attention_mask (B, L), 1 on real tokens,
@@ -184,12 +184,14 @@ class Bert(nn.Module):
         return self.layers[-1](hidden, key_mask, rows)
 
 
-def init_weights(module: nn.Module):
-    """BERT's initialisation: N(0, 0.02²) for matrices, zero biases."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
+def init_weights(model: nn.Module, config: BertConfig):
+    """Zero biases and N(0, σ²) matrices, σ = 0.02 at BERT-base's width, as in BERT, and growing as 1 / √H below it, so
+    that a product of H terms has the same size in a narrow model. A tiny model learns sooner for it."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02 * math.sqrt(768 / config.hidden_size))
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ class MaskedLMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.apply(init_weights)
+        init_weights(self, config)
 
     def forward(self, hidden, word_embeddings):  # (..., H), (V, H) -> (..., V)
         return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
@@ -247,7 +249,7 @@ class BertForSequenceClassification(nn.Module):
         self.bert = Bert(config, pooler=True)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, num_labels)
-        self.apply(init_weights)
+        init_weights(self.classifier, config)
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None):
         """Logits (B, num_labels), read off [CLS] (BERT §3.2)."""

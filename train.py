@@ -15,6 +15,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -380,7 +381,7 @@ class Trainer:
             loss = kd_loss(logits, teacher_logits, labels[mask], kd_weight, recipe.kd_temperature) * len(logits)
         (loss * world_size() / masked_in_all).backward()  # ranks are averaged; every masked token counts the same
         if self.strategy.wants_gradient:
-            self.strategy.observe(batch, mask, words.grad)
+            self.strategy.observe(batch, mask, words.grad / world_size())
         return loss.detach()
 
     def step(self, step: int) -> Tensor:
@@ -439,6 +440,18 @@ def entropy_table(teacher: BertForMaskedLM, texts: Texts, entropy_input: str, ra
                 entropy = hidden_entropy(teacher, batch, rate, texts.vocab.mask_id, generator)
         rows.append(F.pad(entropy.half(), (0, texts.input_ids.shape[1] - entropy.shape[1])))
     return torch.cat(rows)
+
+
+def cached_entropies(teacher: BertForMaskedLM, texts: Texts, args: Namespace, bf16: bool) -> Tensor:
+    """`entropy_table`, kept on disk by teacher, windows and reading."""
+    digest = hashlib.sha256(texts.input_ids.cpu().numpy().tobytes())
+    for weight in teacher.state_dict().values():
+        digest.update(weight.cpu().numpy().tobytes())
+    rate = args.mask_rate if args.entropy_input == "masked" else 0.0
+    with rank_zero_first():
+        table = cached("entropy", [digest.hexdigest(), args.entropy_input, rate, bf16], lambda: {
+            "entropy": entropy_table(teacher, texts, args.entropy_input, rate, bf16).cpu().numpy()})
+    return torch.from_numpy(table["entropy"]).to(texts.input_ids.device)
 
 
 # --- the yardstick ---------------------------------------------------------------------------------------------------
@@ -581,10 +594,6 @@ def say(text: str):
         tqdm.write(text)
 
 
-def frozen(name: str, device: torch.device) -> BertForMaskedLM:
-    return load_pretrained(name, head="mlm")[0].to(device).eval().requires_grad_(False)
-
-
 def check_vocab(args: Namespace, teacher: Tokenizer | None, init: Tokenizer | None):
     """Teacher and student share a vocabulary. Raises InputError, naming both sizes, where they cannot."""
     fixed = teacher or init
@@ -648,6 +657,10 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path, self.log_path, self.checkpoint_path = path, path / "log.jsonl", path / "checkpoint.pt"
 
+    def write(self, name: str, fields: dict):
+        if rank() == 0:
+            write_atomic(self.path / name, json.dumps(fields, indent=1) + "\n")
+
     def log(self, **fields):
         """Appends a line. It holds no times, so that a resumed run writes the same bytes."""
         if rank() == 0:
@@ -677,18 +690,15 @@ class RunDirectory:
 
 
 def new_directory(args: Namespace) -> Path:
-    """--out, or else the first free name of the form runs/entropy, runs/entropy-2, ..."""
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        return Path(args.out)
-    name, number = "runs/" + args.masking + ("-kd" if args.kd_weight else ""), 1
-    while True:
-        path = Path(name if number == 1 else f"{name}-{number}")
-        try:
+    """--out, or else the first free name of the form runs/entropy, runs/entropy-2, ...; made by rank 0."""
+    if args.out or rank() > 0:
+        Path(args.out or ".").mkdir(parents=True, exist_ok=True)
+        return Path(args.out or ".")
+    name = "runs/" + args.masking + ("-kd" if args.kd_weight else "")
+    for path in itertools.chain([Path(name)], (Path(f"{name}-{number}") for number in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
-        except FileExistsError:
-            number += 1
 
 
 def versions() -> dict[str, str | None]:
@@ -699,55 +709,48 @@ def versions() -> dict[str, str | None]:
             "tokenizers": tokenizers.__version__, "commit": git.stdout.strip() or None}
 
 
-def pretrain(args: Namespace) -> Path:
-    """One run from text to summary. Returns its directory."""
+def set_up(args: Namespace) -> tuple[Trainer, Texts, Tokenizer, str | None]:
+    """Everything a run needs before its first step: (trainer, held-out texts, tokenizer, the teacher's directory)."""
     device = pick_device(args.device)
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
-    check_vocab(args, *(load_pretrained(name, head="mlm")[1] if name else None for name in (args.teacher, args.init)))
+    given = [load_pretrained(name, head="mlm")[1] if name else None for name in (args.teacher, args.init)]
+    check_vocab(args, *given)
     teacher_dir = find_teacher(args)
-    fixed = args.init or args.teacher
-    tokenizer, arrays = prepare_texts(args, load_pretrained(fixed, head="mlm")[1] if fixed else None)
-    teacher = frozen(teacher_dir, device) if teacher_dir else None
+    tokenizer, arrays = prepare_texts(args, given[1] or given[0])
+    teacher = load_pretrained(teacher_dir, head="mlm")[0].to(device).eval().requires_grad_(False) if teacher_dir else None
     model = build_model(args, tokenizer, teacher).to(device)
     for name, one in (("model", model), ("teacher", teacher)):
         if one and one.config.max_position_embeddings < args.seq_len:
-            raise InputError(f"the {name} has {one.config.max_position_embeddings} positions: lower --seq-len {args.seq_len}")
+            raise InputError(f"the {name} has {one.config.max_position_embeddings} positions: lower --seq-len")
     vocab = Vocab(tokenizer, model.config.vocab_size, device)
     texts, held_out = (Texts(torch.from_numpy(arrays[part]).to(device), vocab) for part in ("train", "held_out"))
-
-    def teacher_entropy():
-        weights = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in teacher.state_dict().values())).hexdigest()
-        windows = hashlib.sha256(arrays["train"].tobytes()).hexdigest()
-        key = [weights, windows, args.entropy_input, args.mask_rate if args.entropy_input == "masked" else None, bf16]
-        with rank_zero_first():
-            table = cached("entropy", key, lambda: {"entropy": entropy_table(
-                teacher, texts, args.entropy_input, args.mask_rate, bf16).cpu().numpy()})
-        return torch.from_numpy(table["entropy"]).to(device)
-
-    strategy = build_strategy(args.masking, model, texts, teacher_entropy, args)
+    table = functools.partial(cached_entropies, teacher, texts, args, bf16)
+    strategy = build_strategy(args.masking, model, texts, table, args)
     recipe = Recipe(args.steps, args.batch_size, args.lr, args.accumulate, args.warmup, args.weight_decay, args.clip,
                     tuple(args.corruption), args.strategy_start, args.kd_weight, args.kd_temperature, args.kd_start,
                     args.seed, bf16)
-    trainer = Trainer(model, texts, strategy, recipe, teacher)
     if args.compile:
         model.bert.compile()
         model.head.compile()
-    run, state = None, {}
+    return Trainer(model, texts, strategy, recipe, teacher), held_out, tokenizer, teacher_dir
+
+
+def pretrain(args: Namespace):
+    """One run, from text to summary."""
+    trainer, held_out, tokenizer, teacher_dir = set_up(args)
+    state = {}
     if args.resume:
         run = RunDirectory(Path(args.resume))
         state = run.restore(trainer)
-    elif rank() == 0:
+    else:
         run = RunDirectory(new_directory(args))
-        settings = vars(args) | {"out": str(run.path), "teacher_dir": teacher_dir, "versions": versions()}
-        write_atomic(run.path / "train_args.json", json.dumps(settings, indent=1) + "\n")
-    run = run or RunDirectory(Path("."))  # the other ranks write nothing
-    say(f"{run.path}: {args.masking} masking of {args.mask_rate:.0%}, {len(texts):,} windows of {args.seq_len} tokens, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
+        run.write("train_args.json", vars(args) | {"out": str(run.path), "teacher_dir": teacher_dir, "versions": versions()})
+    say(f"{run.path}: {args.masking} masking of {args.mask_rate:.0%}, {len(trainer.texts):,} windows of {args.seq_len} "
+        f"tokens, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {trainer.device}")
     totals, seconds = training_loop(trainer, held_out, run, args, state)
     if rank() == 0:
-        save_pretrained(model, tokenizer, run.path)
+        save_pretrained(trainer.model, tokenizer, run.path)
     summarise(trainer, held_out, tokenizer, run.path, args, totals, seconds)
-    return run.path
 
 
 def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Namespace, state: dict):
@@ -757,7 +760,7 @@ def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Na
     since = state.get("since", torch.zeros(4)).to(device)  # loss · masked, largest norm, masked, maskable since the log
     totals = state.get("totals", torch.zeros(2, dtype=torch.float64))  # masked, maskable up to the last log line
     bad = torch.tensor(-1, device=device)  # the first step whose loss or gradient was not finite
-    bar = tqdm(total=args.steps, initial=first, desc=run.path.name, disable=rank() > 0, unit="step")
+    bar = tqdm(total=args.steps, initial=first, desc=run.path.name, disable=rank() > 0, unit="step", mininterval=1)
     trainer.model.train()
 
     def due(every, step):
@@ -770,11 +773,8 @@ def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Na
             since = torch.stack([since[0] + loss * masked, torch.maximum(since[1], norm), since[2] + masked,
                                  since[3] + maskable])
             stop = signals.agreed(device)
-            if due(args.log_every, step) or due(args.eval_every, step) or due(args.save_every, step) or stop:
-                if int(bad) >= 0:
-                    run.log(step=int(bad) + 1, loss=None, error="the loss or its gradient is not finite")
-                    raise RunError(f"step {int(bad) + 1}: the loss or its gradient is not finite; lower --lr, lengthen "
-                                   f"--warmup or drop --bf16. The last good checkpoint is kept in {run.path}")
+            if stop or any(due(every, step) for every in (args.log_every, args.eval_every, args.save_every)):
+                stop_if_bad(int(bad), run)
             if due(args.log_every, step):
                 mean = (since[0] / since[2]).item()
                 totals = totals + since[2:].double().cpu()
@@ -793,6 +793,14 @@ def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Na
                 say(f"stopped after step {step + 1} and saved; to go on: python train.py --resume {shlex.quote(str(run.path))}")
                 sys.exit(128 + stop)
     return totals, time.perf_counter() - began
+
+
+def stop_if_bad(step: int, run: RunDirectory):
+    """step: the first one whose loss or gradient was not finite, −1 for none."""
+    if step >= 0:
+        run.log(step=step + 1, loss=None, error="the loss or its gradient is not finite")
+        raise RunError(f"step {step + 1}: the loss or its gradient is not finite; lower --lr, lengthen --warmup or drop "
+                       f"--bf16. The last good checkpoint is kept in {run.path}")
 
 
 def summarise(trainer: Trainer, held_out: Texts, tokenizer: Tokenizer, path: Path, args: Namespace, totals: Tensor,

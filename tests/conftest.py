@@ -7,7 +7,8 @@ import torch
 import train
 from model import BertConfig, BertForMaskedLM
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread only waits
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for child processes
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model import (Bert, BertConfig, BertForMaskedLM, BertForSequenceClassification, InputError, SelfAttention, columns,
+from model import (Bert, BertConfig, BertForMaskedLM, InputError, SelfAttention, columns,
                    find_pretrained, load_pretrained, read_safetensors, save_pretrained, to_hf, wordpiece_tokenizer,
                    write_atomic, write_safetensors)
 from record_reference import inputs

@@ -1,0 +1,326 @@
+"""Speed, ours against Hugging Face's transformers: the same weights, the same batch, one process, alternating order,
+medians. Same mathematics, less work; every part first checks that both sides compute the same.
+
+    python tests/benchmark.py                 every part that this machine can run, as one Markdown table
+    python tests/benchmark.py steps masking   some parts
+
+Parts: steps, masking, memory, finetuning (wants $GLUE_DIR), gpu (wants CUDA). What is not installed is skipped, and
+said so. A ratio above 1 means that ours is faster, or that a strategy costs more than random masking.
+"""
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import glue
+import masking
+import train
+from model import BertConfig, BertForMaskedLM, BertForSequenceClassification, config_to_hf, to_hf
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+
+SIZES = {"2/128, V 8,192": ("tiny", 8192), "4/256, V 8,192": ("mini", 8192), "4/256, V 30,522": ("mini", 30522)}
+ROWS, LENGTH, RATE = 32, 128, 0.15
+
+
+def sync():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def alternate(*contenders, rounds: int = 15, warmup: int = 3) -> list[float]:
+    """Median seconds of each contender, called in turn, the order reversed every other round."""
+    times = [[] for _ in contenders]
+    for turn in range(warmup + rounds):
+        for i in range(len(contenders))[::1 if turn % 2 else -1]:
+            sync()
+            start = time.perf_counter()
+            contenders[i]()
+            sync()
+            if turn >= warmup:
+                times[i].append(time.perf_counter() - start)
+    return [statistics.median(each) for each in times]
+
+
+class Pieces:
+    """A tokenizer of `size` made-up word pieces, every fourth one a continuation."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def id_to_token(self, i):
+        return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"][i] if i < 5 else f"##w{i}" if i % 4 == 0 else f"w{i}"
+
+    def token_to_id(self, token):
+        return {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}[token]
+
+
+def random_texts(vocab_size, rows, length, device) -> train.Texts:
+    """Windows of word pieces whose frequencies fall as 1 / rank."""
+    chance = 1 / np.arange(1, vocab_size - 4)
+    ids = np.random.default_rng(0).choice(np.arange(5, vocab_size), (rows, length), p=chance / chance.sum())
+    ids[:, 0], ids[:, -1] = 2, 3
+    return train.Texts(torch.from_numpy(ids.astype(np.int32)).to(device),
+                       train.Vocab(Pieces(vocab_size), vocab_size, torch.device(device)))
+
+
+def pair(preset, vocab_size, dropout, device="cpu"):
+    """Our model and the reference with the same weights."""
+    torch.manual_seed(0)
+    ours = BertForMaskedLM(BertConfig.preset(preset, vocab_size=vocab_size, hidden_dropout_prob=dropout,
+                                             attention_probs_dropout_prob=dropout)).to(device)
+    theirs = None
+    if transformers:
+        theirs = transformers.BertForMaskedLM(transformers.BertConfig(**config_to_hf(ours))).to(device)
+        theirs.load_state_dict(to_hf(ours), strict=False)
+    return ours, theirs
+
+
+def ordinary_step(model, loss_of, bf16, device):
+    """Forward, backward, AdamW; the fused optimizer on both sides."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+    return step
+
+
+def steps(device="cpu"):
+    """The MLM step: ours (head and last block on masked rows only) against the reference."""
+    for name, (preset, vocab_size) in SIZES.items():
+        texts = random_texts(vocab_size, ROWS, LENGTH, device)
+        batch = texts.batch(torch.arange(ROWS, device=device))
+        mask = masking.random_mask(batch.maskable, RATE)
+        ids, labels = masking.corrupt(batch.input_ids, mask, 4, vocab_size, special_ids=texts.vocab.special_ids)
+        ours, theirs = pair(preset, vocab_size, 0.0)
+        if theirs is None:
+            yield f"MLM step, {name}", "transformers is not installed", ""
+            continue
+
+        def our_loss(model):
+            return F.cross_entropy(model(ids, positions=mask), labels[mask])
+
+        def their_loss(model):
+            return model(input_ids=ids, labels=labels).loss
+
+        torch.testing.assert_close(our_loss(ours), their_loss(theirs), atol=1e-4, rtol=1e-4)
+        ours, theirs = pair(preset, vocab_size, 0.1)
+        fp32, bf16, reference = alternate(*(ordinary_step(*job, device) for job in (
+            (ours, our_loss, False), (ours, our_loss, True), (theirs, their_loss, False))))
+        yield f"MLM step, {name}: reference / ours", f"{reference / fp32:.1f}×", f"{reference * 1e3:.0f} / {fp32 * 1e3:.0f} ms"
+        yield "the same, ours in bf16 autocast", f"{reference / bf16:.1f}×", f"{reference * 1e3:.0f} / {bf16 * 1e3:.0f} ms"
+
+
+def self_entropy_floor(config: BertConfig, tokens: int, masked: int, asked: int) -> float:
+    """FLOPs of a self-entropy step over those of a random step, counting matrix products: a step is a forward pass and
+    twice as much backward; self-entropy adds a forward pass that answers `asked` positions."""
+    H, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+
+    def forward(rows):
+        kept = layers - 1  # the last block's queries, output and feed-forward run on `rows` positions only
+        everywhere = kept * tokens * (8 * H * H + 4 * H * inner + 4 * H * LENGTH) + tokens * 4 * H * H
+        return everywhere + rows * (4 * H * H + 4 * H * inner + 4 * H * LENGTH) + rows * 2 * H * (H + config.vocab_size)
+    return 1 + forward(asked) / (3 * forward(masked))
+
+
+def make_trainer(name, preset, vocab_size, device="cpu", bf16=False, rows=ROWS, seed_model=None):
+    texts = random_texts(vocab_size, rows * 4, LENGTH, device)
+    model = seed_model or pair(preset, vocab_size, 0.1, device)[0]
+    table = torch.rand(texts.input_ids.shape, device=device) * 9
+    context = masking.Context(RATE, model, texts.token_counts(), texts.vocab.continuation, 4, lambda: table)
+    recipe = train.Recipe(steps=10_000, batch_size=rows, lr=1e-5, bf16=bf16)
+    return train.Trainer(model, texts, masking.STRATEGIES[name](context), recipe)
+
+
+def step_of(trainer):
+    def step():
+        step.number += 1
+        trainer.step(step.number)
+    step.number = 0
+    return step
+
+
+def masking_alone(trainer):
+    batch = trainer.texts.batch(torch.arange(ROWS, device=trainer.device))
+    return lambda: trainer.strategy.mask(batch, trainer.generator)
+
+
+def masking_part():
+    """What the strategies cost, as whole steps of the training loop."""
+    for name, (preset, vocab_size) in SIZES.items():
+        trainers = {strategy: make_trainer(strategy, preset, vocab_size) for strategy in masking.STRATEGIES}
+        times = dict(zip(trainers, alternate(*(step_of(trainer) for trainer in trainers.values()))))
+        alone = dict(zip(trainers, alternate(*(masking_alone(trainer) for trainer in trainers.values()))))
+        for strategy in ("random", "whole-word"):
+            yield f"{strategy} masking alone, {name}: share of a step", f"{alone[strategy] / times['random']:.2%}", \
+                f"{alone[strategy] * 1e3:.2f} of {times['random'] * 1e3:.0f} ms"
+        for strategy in ("entropy", "self-entropy", "typhoon"):
+            ratio, detail = times[strategy] / times["random"], f"{times[strategy] * 1e3:.0f} / {times['random'] * 1e3:.0f} ms"
+            if strategy == "self-entropy":
+                k = round(RATE * (LENGTH - 2)) * ROWS
+                floor = self_entropy_floor(trainers[strategy].model.config, ROWS * LENGTH, k, 2 * k)
+                detail += f"; FLOP floor {floor:.2f}×, so {ratio / floor:.2f} of it"
+            yield f"{strategy} step, {name}: over a random step", f"{ratio:.2f}×", detail
+    yield from collator()
+
+
+def collator():
+    """Whole-word masking of one batch against the reference's collator."""
+    if transformers is None:
+        yield "whole-word masking, reference collator / ours", "transformers is not installed", ""
+        return
+    texts = random_texts(8192, ROWS, LENGTH, "cpu")
+    batch = texts.batch(torch.arange(ROWS))
+    pieces = [texts.vocab and Pieces(8192).id_to_token(i) for i in range(8192)]
+    tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)})
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, whole_word_mask=True, mlm_probability=RATE)
+    examples = [tokenizer.prepare_for_model(row.tolist(), add_special_tokens=False) if hasattr(tokenizer, "prepare_for_model")
+                else {"input_ids": row.tolist(), "offset_mapping": offsets(row.tolist(), pieces)} for row in batch.input_ids]
+
+    def ours():
+        mask = masking.whole_word_mask(batch.maskable, texts.vocab.continuation[batch.input_ids], RATE)
+        masking.corrupt(batch.input_ids, mask, 4, 8192, special_ids=texts.vocab.special_ids)
+
+    mine, theirs = alternate(ours, lambda: collate([dict(example) for example in examples]))
+    yield "whole-word masking of 32 × 128, reference collator / ours", f"{theirs / mine:.0f}×", \
+        f"{theirs * 1e3:.1f} / {mine * 1e3:.2f} ms"
+
+
+def offsets(row: list[int], pieces: list[str]) -> list[tuple[int, int]]:
+    """Where each piece would lie in a text: continuations touch the piece before, words stand apart."""
+    found, end = [], 0
+    for i in row:
+        start = end if pieces[i].startswith("##") else end + 1
+        end = start + len(pieces[i].removeprefix("##"))
+        found.append((start, end))
+    return found
+
+
+def peak(strategy: str):
+    """The peak memory of a process that runs five steps with a strategy, in MiB (the child side)."""
+    step = step_of(make_trainer(strategy, "mini", 30522))
+    for _ in range(5):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def memory():
+    found = {strategy: float(subprocess.run([sys.executable, __file__, "--peak", strategy], capture_output=True, text=True,
+                                            check=True).stdout.split()[-1]) for strategy in ("random", "typhoon")}
+    yield "typhoon, 4/256, V 30,522: peak memory over random", f"{found['typhoon'] / found['random']:.2f}×", \
+        f"{found['typhoon']:.0f} / {found['random']:.0f} MiB"
+
+
+def finetuning(device="cpu"):
+    """An epoch of MRPC: ours against batches in random order, padded to the longest of each, through the reference."""
+    if transformers is None or not os.environ.get("GLUE_DIR"):
+        yield "fine-tuning, an epoch of MRPC", "not run", "wants transformers and $GLUE_DIR"
+        return
+    examples = glue.load_task("mrpc", "train", os.environ["GLUE_DIR"])[:1024]
+    dev = {"dev": glue.load_task("mrpc", "dev", os.environ["GLUE_DIR"])}
+    documents = [[example.text_a, example.text_b] for example in examples]
+    tokenizer = train.train_tokenizer(documents, 8192)
+    torch.manual_seed(0)
+    ours = BertForSequenceClassification(BertConfig.preset("mini", vocab_size=8192), 2).to(device)
+    theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**config_to_hf(ours))).to(device)
+    theirs.load_state_dict(to_hf(ours))
+    data = glue.encode(examples, tokenizer, 128)
+    dev = {key: glue.encode(part, tokenizer, 128) for key, part in dev.items()}
+    longest = int(data.lengths.max())
+    optimizers = [train.make_optimizer(model, 5e-5, 0.01) for model in (ours, theirs)]
+
+    def our_epoch():
+        batches = glue.bucketed_batches(data.lengths, 16, np.random.default_rng(0))
+        with glue.tqdm(disable=True) as bar:
+            glue.train_epoch(ours, data, batches, optimizers[0], iter([5e-5] * len(batches)), bar)
+
+    def their_epoch():
+        theirs.train()
+        order = np.random.default_rng(0).permutation(len(examples))
+        for rows in np.split(order, range(16, len(order), 16)):
+            inputs = glue.collate(data, rows, ours)
+            optimizers[1].zero_grad()
+            logits = theirs(**{key: value for key, value in inputs.items() if value is not None}).logits
+            F.cross_entropy(logits, data.targets(rows, device)).backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            optimizers[1].step()
+
+    mine, reference = alternate(our_epoch, their_epoch, rounds=3, warmup=0)
+    yield "fine-tuning, 1,024 pairs of MRPC, 4/256: reference / ours", f"{reference / mine:.1f}×", \
+        f"{reference:.1f} / {mine:.1f} s, longest pair {longest} tokens"
+
+
+def matmul_peak(device="cuda") -> float:
+    """FLOP/s of a large bf16 matrix product, measured here and now."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds, = alternate(lambda: a @ b)
+    return 2 * 8192 ** 3 / seconds
+
+
+def gpu():
+    if not torch.cuda.is_available():
+        yield "GPU rows", "not measured", "no CUDA device here: python tests/benchmark.py gpu"
+        return
+    top = matmul_peak()
+    yield "GPU: bf16 matrix product, 8,192³", f"{top / 1e12:.0f} TFLOP/s", torch.cuda.get_device_name()
+    for preset in ("tiny", "mini", "small", "medium", "base"):
+        for strategy in masking.STRATEGIES:
+            torch.cuda.reset_peak_memory_stats()
+            trainer = make_trainer(strategy, preset, 30522, "cuda", bf16=True, rows=256)
+            eager, = alternate(step_of(trainer))
+            trainer.model.bert.compile()
+            trainer.model.head.compile()
+            compiled, = alternate(step_of(trainer), warmup=8)
+            alone, = alternate(masking_alone(trainer))
+            tokens, memory_used = 256 * LENGTH, torch.cuda.max_memory_allocated() / 2 ** 30
+            yield f"GPU {preset}, {strategy}: tokens/s, eager and compiled", f"{tokens / eager:,.0f} · {tokens / compiled:,.0f}", \
+                f"{memory_used:.1f} GiB; masking {alone / compiled:.1%} of a step"
+            if strategy == "random":
+                k = round(RATE * (LENGTH - 2)) * 256
+                flops = 3 * forward_flops(trainer.model.config, tokens, k)
+                yield f"GPU {preset}: share of the matrix peak", f"{flops / compiled / top:.0%}", f"{flops / 1e12:.2f} TFLOP a step"
+
+
+def forward_flops(config, tokens, rows):
+    """Of `self_entropy_floor`, the forward pass alone."""
+    return (self_entropy_floor(config, tokens, rows, rows) - 1) * 3
+
+
+PARTS = {"steps": steps, "masking": masking_part, "memory": memory, "finetuning": finetuning, "gpu": gpu}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        return peak(args.peak)
+    versions = f"torch {torch.__version__}" + (f", transformers {transformers.__version__}" if transformers else "")
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}\n")
+    print("| what | figure | detail |\n|---|---|---|")
+    for part in args.parts:
+        for row in PARTS[part]():
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,622 @@
+"""What is true of stats.py: each statistic against something outside it, then the report, the sweep, the command line.
+
+The golden report: after a wanted change, `python stats.py report tests/data/stats/runs` and move its report.* one
+folder up.
+"""
+import json
+import math
+import multiprocessing
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stats
+from model import InputError
+
+DATA = Path(__file__).parent / "data" / "stats"
+
+
+# --- Student's t -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("df, alpha, printed", [
+    (1, 0.05, 12.706), (2, 0.05, 4.303), (3, 0.05, 3.182), (4, 0.05, 2.776), (9, 0.05, 2.262), (30, 0.05, 2.042),
+    (120, 0.05, 1.980), (4, 0.01, 4.604), (9, 0.01, 3.250), (4, 0.10, 2.132), (9, 0.001, 4.781)])
+def test_critical_values_are_those_of_the_printed_tables(df, alpha, printed):
+    assert stats.t_critical(df, alpha) == pytest.approx(printed, abs=5e-4)
+
+
+@pytest.mark.parametrize("t", [1e-3, 0.1, 0.5, 1.0, 2.0, 7.0, 100.0, 1e5])
+def test_the_tail_is_the_closed_form_for_one_two_and_four_degrees_of_freedom(t):
+    assert stats.t_tail(t, 1) == pytest.approx(2 / math.pi * math.atan(1 / t), rel=1e-10)
+    root = math.sqrt(2 + t * t)
+    assert stats.t_tail(t, 2) == pytest.approx(2 / (root * (root + t)), rel=1e-10)
+    if t < 50:  # the closed form for 4 cancels in the far tail
+        x = t / math.sqrt(4 + t * t)
+        assert stats.t_tail(t, 4) == pytest.approx(1 - x * (3 - x * x) / 2, abs=1e-12)
+
+
+def test_t_p_and_interval_agree_with_scipy_on_1000_samples():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        n = int(rng.integers(2, 41))
+        a = rng.normal(rng.normal(), 1, n)
+        b = rng.random() * a + rng.normal(3 * rng.normal(), rng.random() + 0.01, n)
+        expected = scipy_stats.ttest_rel(a, b)
+        assert stats.paired_t_test(a, b) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-9)
+        assert stats.confidence_interval(a - b) == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
+
+
+def test_a_paired_t_test_by_hand():
+    t, p = stats.paired_t_test([3, 5, 7], [2, 3, 4])  # differences 1, 2, 3: mean 2, sd 1, t = 2 √3
+    assert t == pytest.approx(2 * math.sqrt(3))
+    assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert stats.cohen_dz([1, 2, 3]) == 2
+
+
+def test_one_seed_gives_no_test_and_no_interval():
+    assert all(map(math.isnan, stats.paired_t_test([0.8], [0.7]) + stats.confidence_interval([0.1])))
+    assert math.isnan(stats.minimum_detectable_effect([0.1]))
+    assert stats.sign_flip_test([0.1]) == 1
+
+
+def test_differences_that_are_all_zero_are_no_evidence():
+    assert stats.paired_t_test([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]) == (0, 1)
+    assert stats.confidence_interval([0, 0, 0]) == (0, 0)
+    assert stats.sign_flip_test([0, 0, 0]) == 1
+    assert math.isnan(stats.cohen_dz([0, 0, 0]))
+
+
+def test_a_constant_difference_has_no_p_value_even_where_rounding_makes_it_vary():
+    a, b = [0.81, 0.15, 0.7], [0.80, 0.14, 0.69]
+    assert len({x - y for x, y in zip(a, b)}) > 1  # rounding
+    t, p = stats.paired_t_test(a, b)
+    assert t == math.inf and math.isnan(p)
+    assert stats.paired_t_test(b, a)[0] == -math.inf
+    assert stats.sign_flip_test(np.subtract(a, b)) == 0.25  # 2 / 2^3
+
+
+def test_scores_that_do_not_pair_up_are_refused():
+    with pytest.raises(ValueError):
+        stats.paired_t_test([1.0], [1.0, 2.0])
+
+
+# --- sign flips, Holm, power -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sign_flip_counts_what_brute_force_counts(seed):
+    rng = np.random.default_rng(seed)
+    differences = rng.integers(-4, 6, size=rng.integers(1, 11)) / 10  # many ties
+    sums = [abs(sum(s * d for s, d in zip(signs, differences)))
+            for signs in product((1, -1), repeat=len(differences))]
+    assert stats.sign_flip_test(differences) == np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
+
+
+def test_sign_flip_of_five_equal_signs_cannot_go_below_one_in_sixteen():
+    assert stats.sign_flip_test([0.1, 0.2, 0.3, 0.1, 0.5]) == 2 / 32
+
+
+def test_sign_flip_above_20_seeds_is_a_seeded_sample_of_the_same_distribution():
+    differences = np.random.default_rng(1).normal(0.2, 1, 22)
+    sums = np.zeros(1)
+    for difference in differences:
+        sums = np.concatenate([sums + difference, sums - difference])
+    exact = (abs(sums) >= abs(differences.sum()) - 1e-9).mean()
+    assert 0.01 < exact < 0.5
+    assert stats.sign_flip_test(differences) == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 1e5))
+    assert stats.sign_flip_test(differences) == stats.sign_flip_test(differences)
+    assert stats.sign_flip_test(np.ones(25)) == pytest.approx(1e-5, rel=0.01)  # never 0
+
+
+def test_holm_on_a_worked_example():
+    # sorted 0.005 0.01 0.03 0.04, times 4 3 2 1: 0.02 0.03 0.06 0.04, and the last no smaller than the one before
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.6]) == [1, 1]
+    assert stats.holm([]) == []
+
+
+def test_holm_counts_a_comparison_without_p():
+    assert stats.holm([0.01, math.nan, 0.02])[::2] == pytest.approx([0.03, 0.04])
+    assert math.isnan(stats.holm([0.01, math.nan])[1])
+
+
+def test_power_of_the_t_test_agrees_with_scipys_noncentral_t():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    for n, shift, alpha in product((3, 5, 20, 300), (0.0, 0.5, 2.0, 5.0), (0.01, 0.05)):
+        critical = scipy_stats.t.ppf(1 - alpha / 2, n - 1)
+        expected = scipy_stats.nct.sf(critical, n - 1, shift) + scipy_stats.nct.cdf(-critical, n - 1, shift)
+        assert stats.t_test_power(shift, n, alpha) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("d_z, published", [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_seeds_needed_are_the_published_sample_sizes_for_80_percent_power(d_z, published):
+    assert stats.seeds_needed(1.0, d_z) == published
+
+
+def test_the_minimum_detectable_effect_is_found_four_times_in_five():
+    rng = np.random.default_rng(2)
+    differences = rng.normal(0, 0.02, 5)
+    effect, sd = stats.minimum_detectable_effect(differences), differences.std(ddof=1)
+    found = [stats.paired_t_test(effect + sd * rng.normal(size=5), np.zeros(5))[1] < 0.05 for _ in range(2000)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+
+
+def test_more_seeds_than_anyone_has_are_called_infinite():
+    assert stats.seeds_needed(1.0, 1e-6) == math.inf
+    assert math.isnan(stats.seeds_needed(0.0, 0.01))
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+def test_without_a_true_difference_the_error_rates_are_the_promised_ones():
+    """2,000 sweeps of three equal strategies and five seeds, which share the seeds' luck. The long-run rates are 5%,
+    95% and 4.7% (200,000 sweeps), give or take half a point over 2,000: another seed may land just outside."""
+    rng = np.random.default_rng(1)
+    rejected, covered, claimed = 0, 0, 0
+    for _ in range(2000):
+        luck = rng.normal(0, 0.02, 5)
+        scores = {name: dict(enumerate(0.8 + luck + rng.normal(0, 0.01, 5)))
+                  for name in ("random", "entropy", "typhoon")}
+        pairs = stats.compare_all({("mrpc", "m"): scores}, {}, [])
+        rejected += pairs[0]["p"] < 0.05
+        covered += pairs[0]["low"] <= 0 <= pairs[0]["high"]
+        claimed += "beats" in stats.verdict(pairs)
+    assert 0.04 <= rejected / 2000 <= 0.06
+    assert 0.94 <= covered / 2000 <= 0.96
+    assert 0.005 <= claimed / 2000 <= 0.05
+
+
+SLOPES, SEED_SD, STRATEGY_SD, NOISE_SD, POSITIVE = (1.2, 1.0), 0.2, 0.5, 0.1, 0.65
+
+
+def f1_and_matthews(predictions, labels):
+    tn, fp, fn, tp = np.bincount(2 * labels + predictions, minlength=4).tolist()
+    scale = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return 2 * tp / (2 * tp + fp + fn), (tp * tn - fp * fn) / scale if scale else 0.0
+
+
+def true_scores(slope):
+    """Expected F1 and Matthews over all seeds and examples: a seed shifts every score by u."""
+    u = np.linspace(-6, 6, 601) * SEED_SD
+    weight = np.exp(-(u / SEED_SD) ** 2 / 2)
+    spread = math.sqrt(2 * (1 + STRATEGY_SD**2 + NOISE_SD**2))
+    hit, false_alarm = (np.array([math.erfc(-x / spread) / 2 for x in u + side * slope]) for side in (1, -1))
+    tp, fp = POSITIVE * hit, (1 - POSITIVE) * false_alarm
+    fn, tn = POSITIVE - tp, 1 - POSITIVE - fp
+    matthews = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return [np.average(metric, weights=weight) for metric in (2 * tp / (2 * tp + fp + fn), matthews)]
+
+
+def test_the_multi_bootstrap_covers_the_true_difference_over_seeds_and_examples():
+    """500 trials: 150 examples, each of some difficulty, in part a strategy's own; 6 seeds, each with a shift."""
+    rng, seeds, examples, trials = np.random.default_rng(0), 6, 150, 500
+    target, covered = np.subtract(*map(true_scores, SLOPES)), np.zeros(2)
+    for trial in range(trials):
+        labels, difficulty = (rng.random(examples) < POSITIVE).astype(int), rng.normal(size=examples)
+        drawn = []
+        for slope in SLOPES:
+            score = ((2 * labels - 1) * slope + difficulty + rng.normal(0, STRATEGY_SD, examples)
+                     + rng.normal(0, SEED_SD, (seeds, 1)) + rng.normal(0, NOISE_SD, (seeds, examples)))
+            drawn.append(np.stack([stats.resampled_scores(predictions, labels, f1_and_matthews, 199, seed=trial)
+                                   for predictions in (score > 0).astype(int)]))  # (seeds, 199, 2)
+        for metric in range(2):
+            low, high = stats.multi_bootstrap(drawn[0][..., metric], drawn[1][..., metric], seed=trial)
+            covered[metric] += low <= target[metric] <= high
+    assert np.all((0.93 <= covered / trials) & (covered / trials <= 0.97)), covered / trials
+
+
+def test_the_multi_bootstrap_of_one_seed_is_no_interval():
+    assert all(map(math.isnan, stats.multi_bootstrap(np.ones((1, 9)), np.zeros((1, 9)))))
+
+
+def test_two_runs_are_scored_on_the_same_resampled_examples():
+    labels = np.arange(50) % 2
+    first, second = (stats.resampled_scores(labels, labels, lambda p, y: p.sum(), 20, seed=3) for _ in range(2))
+    assert (first == second).all() and len(set(first)) > 1
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+def write_run(folder, strategy, seed, score, task="cola", model="m", name=None, **fields):
+    folder.mkdir(exist_ok=True)
+    run = {"task": task, "model": model, "strategy": strategy, "seed": seed, "args": {"epochs": 3}, "seconds": 60.0,
+           "last": {"matthews": score}, "best": {"epoch": 1, "matthews": score}} | fields
+    (folder / f"{name or f'{task}-{model}-{strategy}-{seed}'}.json").write_text(json.dumps(run))
+
+
+def write_cells(folder, **scores):
+    for strategy, values in scores.items():
+        for seed, score in enumerate(values):
+            write_run(folder, strategy, seed, score)
+
+
+def test_the_golden_report_comes_out_byte_for_byte(tmp_path):
+    """MRPC and CoLA with dev predictions, pretraining strategies by pattern, a missing seed, a NaN, a broken file, a
+    failed run, runs with other arguments."""
+    shutil.copytree(DATA / "runs", tmp_path / "runs")
+    for _ in range(2):  # its own output is no input
+        text = stats.write_report(tmp_path / "runs", effect=0.01)
+        for name in ("report.md", "report.csv", "report.json"):
+            assert (tmp_path / "runs" / name).read_bytes() == (DATA / name).read_bytes()
+    assert text.encode() == (DATA / "report.md").read_bytes()
+
+
+def test_report_json_is_strict_json(tmp_path):
+    write_cells(tmp_path, random=[0.5], typhoon=[0.6])
+    stats.write_report(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert report["pairs"][0]["p"] is None and report["pairs"][0]["mean"] == 0.1
+
+
+def test_a_clear_winner_is_claimed_with_its_interval(tmp_path):
+    write_cells(tmp_path, random=[0.50, 0.51, 0.49, 0.50, 0.52], typhoon=[0.60, 0.62, 0.59, 0.60, 0.61])
+    sentence = stats.analyse(tmp_path)["verdict"]
+    assert "typhoon beats random by 0.1000 [0.0912, 0.1088]" in sentence and "same examples" in sentence
+
+
+def test_the_winner_may_be_the_baseline(tmp_path):
+    write_cells(tmp_path, random=[0.60, 0.62, 0.59, 0.60, 0.61], typhoon=[0.50, 0.51, 0.49, 0.50, 0.52])
+    assert "random beats typhoon by 0.1000 [0.0912, 0.1088]" in stats.analyse(tmp_path)["verdict"]
+
+
+def test_no_winner_is_claimed_on_an_unadjusted_p(tmp_path):
+    """p = 0.03 alone, 0.09 among three."""
+    write_cells(tmp_path, random=[0.50, 0.51, 0.49, 0.50], entropy=[0.52, 0.48, 0.5, 0.51],
+                typhoon=[0.52, 0.55, 0.50, 0.53])
+    report = stats.analyse(tmp_path)
+    assert min(pair["p"] for pair in report["pairs"]) < 0.05 <= min(pair["holm_p"] for pair in report["pairs"])
+    assert "No strategy is reliably better" in report["verdict"] and "4 seeds" in report["verdict"]
+
+
+def test_numbers_are_shown_without_a_negative_zero():
+    assert [stats.show(value, "+") for value in (-1e-9, 0.12345, math.nan)] == ["+0.0000", "+0.1235", "n/a"]
+
+
+def test_a_winner_that_other_examples_may_not_bear_out_is_marked():
+    pair = {"strategy": "typhoon", "baseline": "random", "mean": -0.02, "low": -0.03, "high": -0.01}
+    assert stats.better(pair | {"bootstrap_low": -0.05, "bootstrap_high": 0.01}).endswith("contains 0)")
+    assert stats.better(pair | {"bootstrap_low": -0.05, "bootstrap_high": -0.01}).endswith("0.0300]")
+
+
+def test_damaged_dev_predictions_are_named(tmp_path):
+    write_cells(tmp_path, random=[0.5, 0.6])
+    for seed, dev in enumerate((None, {}, {"predictions": [1], "labels": [1, 0]}, {"predictions": [], "labels": []},
+                                {"predictions": ["a"], "labels": [1]})):
+        write_run(tmp_path, "typhoon", seed, 0.5, dev=dev)
+    assert sum("dev predictions are damaged" in note for note in stats.analyse(tmp_path)["notes"]) == 5
+
+
+def test_one_seed_is_said_to_prove_nothing(tmp_path):
+    write_cells(tmp_path, random=[0.5], typhoon=[0.9])
+    text = stats.write_report(tmp_path)
+    assert "No claim can be made" in text and "One seed has no sd" in text and "nan" not in text
+
+
+def test_equal_scores_and_constant_differences_claim_nothing(tmp_path):
+    write_cells(tmp_path, none=[0.5, 0.5, 0.6], random=[0.5, 0.5, 0.6], typhoon=[0.51, 0.51, 0.61])
+    text = stats.write_report(tmp_path)
+    assert "No claim can be made" in text and "all 3 differences are +0.0100" in text and "inf" not in text
+    assert "-0.0000" not in text and "no spread" in text
+
+
+def test_a_missing_seed_is_named_and_the_pair_uses_the_others(tmp_path):
+    write_cells(tmp_path, random=[0.5, 0.6, 0.7], typhoon=[0.6, 0.8])
+    report = stats.analyse(tmp_path)
+    assert "cola, m: typhoon lacks seed 2; its pairs go without" in report["notes"]
+    assert report["pairs"][0]["n"] == 2 and report["pairs"][0]["mean"] == pytest.approx(0.15)
+
+
+def test_strategies_without_a_common_seed_are_not_compared(tmp_path):
+    write_run(tmp_path, "random", 0, 0.5)
+    write_run(tmp_path, "typhoon", 1, 0.6)
+    report = stats.analyse(tmp_path)
+    assert not report["pairs"] and any("no seed in common" in note for note in report["notes"])
+    assert "Nothing was compared" in stats.to_markdown(report)
+
+
+@pytest.mark.parametrize("content, why", [
+    ('{"task": "cola", ', "not JSON"), ("", "not JSON"), ("[1, 2]", "not JSON"), ("\xff\x00", "not JSON"),
+    ('{"task": "cola"}', "not a run of glue.py"), ('{"task": ["cola"]}', "not a run of glue.py")])
+def test_a_file_that_is_no_run_is_named_and_left_out(tmp_path, content, why):
+    write_cells(tmp_path, random=[0.5, 0.6], typhoon=[0.6, 0.8])
+    (tmp_path / "broken.json").write_bytes(content.encode("latin-1"))
+    report = stats.analyse(tmp_path)
+    assert f"broken.json is left out: {why}" in report["notes"] and report["runs"] == 4
+
+
+@pytest.mark.parametrize("metrics, why", [
+    ({"matthews": math.nan}, "matthews is not a finite"), ({"matthews": "x"}, "matthews is not a finite"),
+    ({"f1": 0.5}, "metrics are not those of cola"), ({}, "metrics are not those of cola")])
+def test_a_run_without_a_usable_metric_is_named_and_left_out(tmp_path, metrics, why):
+    write_cells(tmp_path, random=[0.5, 0.6], typhoon=[0.6, 0.8])
+    write_run(tmp_path, "typhoon", 1, 0, last=metrics)
+    report = stats.analyse(tmp_path)
+    assert any(why in note and "typhoon-1" in note for note in report["notes"])
+    assert report["pairs"][0]["n"] == 1
+
+
+def test_two_files_that_claim_one_run_are_an_error_that_names_both(tmp_path):
+    write_run(tmp_path, "random", 0, 0.5)
+    write_run(tmp_path, "random", 0, 0.6, name="copy")
+    with pytest.raises(InputError, match="cola-m-random-0.json and copy.json both claim"):
+        stats.analyse(tmp_path)
+
+
+def test_runs_with_other_arguments_are_noted(tmp_path):
+    write_cells(tmp_path, random=[0.5, 0.6])
+    write_run(tmp_path, "typhoon", 0, 0.5, args={"epochs": 2, "seed": 7})
+    assert "cola, m: the runs differ in epochs: 2, 3" in stats.analyse(tmp_path)["notes"]
+
+
+def test_the_best_epoch_is_reported_on_demand_and_called_optimistic(tmp_path):
+    dev = {"predictions": [0, 1, 1], "labels": [0, 1, 0]}
+    for seed, best in enumerate((0.7, 0.8)):
+        write_run(tmp_path, "random", seed, 0.5, best={"epoch": 2, "matthews": best}, dev=dev)
+        write_run(tmp_path, "typhoon", seed, 0.5, dev=dev)
+    assert stats.analyse(tmp_path)["cells"][0]["metrics"]["score"][0] == 0.5
+    report = stats.analyse(tmp_path, epoch="best")
+    assert math.isnan(report["pairs"][0]["bootstrap_low"])  # the predictions are not those of the best epoch
+    assert report["cells"][0]["metrics"]["score"][0] == 0.75 and "optimistic" in stats.to_markdown(report)
+
+
+def test_the_mean_over_tasks_takes_the_seeds_that_ran_them_all(tmp_path):
+    for seed, (cola, rte) in enumerate([(0.1, 0.5), (0.2, 0.8), (0.3, None)]):
+        write_run(tmp_path, "random", seed, cola)
+        if rte:
+            write_run(tmp_path, "random", seed, 0, task="rte", last={"accuracy": rte})
+    cell = stats.analyse(tmp_path)["cells"][-1]
+    assert cell["task"] == "mean of 2 tasks" and cell["seeds"] == [0, 1]
+    assert cell["metrics"]["score"][0] == pytest.approx((0.3 + 0.5) / 2)
+
+
+def test_the_multi_bootstrap_of_a_report_is_left_out_where_dev_sets_differ(tmp_path):
+    dev = {"predictions": [0, 1, 1, 0], "labels": [0, 1, 0, 1]}
+    for strategy, seed in product(("random", "typhoon"), range(3)):
+        write_run(tmp_path, strategy, seed, 0.1 * seed, dev=dev)
+    assert math.isfinite(stats.analyse(tmp_path)["pairs"][0]["bootstrap_low"])
+    write_run(tmp_path, "typhoon", 2, 0.2, dev=dev | {"labels": [0, 1, 0, 0]})
+    report = stats.analyse(tmp_path)
+    assert math.isnan(report["pairs"][0]["bootstrap_low"]) and "no multi-bootstrap" in report["notes"][0]
+
+
+def test_both_dev_sets_of_mnli_are_resampled():
+    labels = [0, 1, 2] * 30
+    run = {"task": "mnli", "dev": {"predictions": labels, "labels": labels},
+           "dev_mismatched": {"predictions": [0] * 90, "labels": labels}}
+    scores = stats.resampled_task_scores(run, 200)
+    assert scores.mean() == pytest.approx((1 + 1 / 3) / 2, abs=0.01) and scores.std() > 0
+
+
+def test_the_forest_plot_puts_zero_mean_and_interval_where_they_are():
+    pair = {"strategy": "b", "baseline": "a", "mean": 0.5, "low": 0.0, "high": 1.0}
+    text = stats.forest([pair, pair | {"mean": -1.0, "low": math.nan, "high": math.nan}], width=21)
+    line, axis = text.splitlines()[::2]
+    assert line == "b − a  " + " " * 10 + "|" + "-" * 4 + "o" + "-" * 5
+    assert axis.split() == ["-1.0000", "0", "+1.0000"]
+
+
+# --- the sweep -------------------------------------------------------------------------------------------------------
+
+FAKE_GLUE = """
+import json, os, sys, time
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+with open(os.path.join(os.path.dirname(__file__), "started"), "a") as file:
+    file.write(options["--json"] + "\\n")
+time.sleep(0.03)
+if options["--seed"] == options.get("--fail"):
+    sys.exit("first line\\nout of luck\\n")
+strategy = options.get("--label", options.get("--adapt", "none"))
+run = {"task": options["--task"], "model": options["--model"], "strategy": strategy, "seed": int(options["--seed"]),
+       "args": {}, "seconds": 60, "last": {"matthews": 0.5}, "best": {"epoch": 1, "matthews": 0.5}}
+with open(options["--json"] + ".tmp", "w") as file:
+    json.dump(run, file)
+os.replace(options["--json"] + ".tmp", options["--json"])
+"""
+
+
+@pytest.fixture
+def fake_glue(tmp_path):
+    script = tmp_path / "fake" / "glue.py"
+    script.parent.mkdir()
+    script.write_text(FAKE_GLUE)
+    return script
+
+
+def started(script):
+    return (script.parent / "started").read_text().splitlines()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.json")}
+
+
+GRID = stats.plan(["cola"], ["m"], ["random", "typhoon"], list(range(10)))
+
+
+def test_a_sweep_writes_one_file_a_run_and_then_has_nothing_to_do(tmp_path, fake_glue):
+    assert stats.sweep(GRID, tmp_path / "out", parallel=2, script=fake_glue) == 0
+    assert sorted(contents(tmp_path / "out")) == sorted(f"cola--m--{s}--{i}.json" for s in ("random", "typhoon")
+                                                        for i in range(10))
+    assert stats.sweep(GRID, tmp_path / "out", script=fake_glue) == 0
+    assert len(started(fake_glue)) == 20
+
+
+def test_a_failed_run_is_recorded_and_tried_again_and_stops_no_other(tmp_path, fake_glue):
+    out = tmp_path / "out"
+    assert stats.sweep(GRID, out, ["--fail", "3"], parallel=2, script=fake_glue) == 2
+    assert len(contents(out)) == 20
+    error = json.loads((out / "cola--m--random--3.error.json").read_text())
+    assert error["error"] == "out of luck" and error["returncode"] == 1 and "--fail" in error["command"]
+    assert "cola--m--random--3 failed" in stats.read_runs(out)[1]
+    assert stats.sweep(GRID, out, script=fake_glue) == 0
+    assert len(contents(out)) == 20 and not list(out.glob("*.error.json"))
+
+
+def test_an_unreadable_result_is_made_again_and_what_a_killed_write_left_is_removed(tmp_path, fake_glue):
+    broken = tmp_path / "out" / "cola--m--random--3.json"
+    broken.parent.mkdir()
+    broken.write_text('{"task": "co')
+    (broken.parent / ".cola--m--random--3.json.x1y2").write_text("half a fi")
+    assert stats.sweep(GRID, tmp_path / "out", script=fake_glue) == 0
+    assert json.loads(broken.read_text())["seed"] == 3 and len(list(broken.parent.iterdir())) == 20
+
+
+def test_ten_sigkills_lose_nothing_but_the_runs_in_flight(tmp_path, fake_glue):
+    """The sweep alone is killed, as a process that runs out of memory is; what it started ends by itself."""
+    grid = stats.plan(["cola"], ["m"], ["random", "typhoon"], list(range(20)))
+    stats.sweep(grid, tmp_path / "unbroken", parallel=2, script=fake_glue)
+    (fake_glue.parent / "started").unlink()
+    out, pause, fork = tmp_path / "out", random.Random(0), multiprocessing.get_context("fork")
+    for _ in range(10):
+        before = contents(out)
+        process = fork.Process(target=stats.sweep, args=(grid, out, [], 2, (), fake_glue))
+        process.start()
+        time.sleep(pause.uniform(0.03, 0.15))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL  # it was in the middle of it
+        assert before.items() <= contents(out).items()
+    time.sleep(0.5)
+    assert stats.sweep(grid, out, parallel=2, script=fake_glue) == 0
+    assert contents(out) == contents(tmp_path / "unbroken") and len(contents(out)) == len(list(out.iterdir()))
+    assert len(started(fake_glue)) <= len(grid) + 10 * 2
+
+
+def test_sigterm_ends_the_runs_in_flight_too(tmp_path, fake_glue, monkeypatch):
+    fake_glue.write_text(FAKE_GLUE.replace("time.sleep(0.03)", "time.sleep(30)"))
+    monkeypatch.setattr(stats, "sweep", partial(stats.sweep, script=fake_glue))
+    process = multiprocessing.get_context("fork").Process(target=stats.main, args=(
+        ["sweep", "--tasks", "cola", "--models", "m", "--strategies", "none", "--out", str(tmp_path / "out")],))
+    process.start()
+    while not (fake_glue.parent / "started").exists():
+        time.sleep(0.05)
+    process.terminate()
+    process.join(timeout=10)
+    assert process.exitcode == 143  # it waits for its children: were they alive, this would take 30 s
+
+
+def test_the_shards_of_a_sweep_are_the_grid_each_run_once():
+    def shard(text):
+        return stats.grid(stats.parse_args(["sweep", "--preset", "typhoon"] + (["--shard", text] if text else [])))
+
+    shards = [shard(f"{i}/7") for i in range(1, 8)]
+    assert sorted(map(len, shards)) == [12, 13, 13, 13, 13, 13, 13]
+    assert sorted(run.name for part in shards for run in part) == sorted(run.name for run in shard(None))
+
+
+def test_the_typhoon_preset_is_the_papers_grid():
+    runs = stats.plan(**stats.PRESETS["typhoon"])
+    assert len(runs) == 90
+    scores = {(task, model): {strategy: {0: 0.0} for strategy in stats.PRESETS["typhoon"]["strategies"]}
+              for task, model in {(run.task, run.model) for run in runs}}
+    pairs = stats.compare_all(scores, {}, [])
+    assert sum(pair["strategy"] == "typhoon" for pair in pairs) == 12
+
+
+def test_the_entropy_preset_pretrains_18_models_and_labels_their_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = stats.plan(**stats.PRESETS["entropy"])
+    jobs = stats.pretraining_jobs(runs, Path("runs/entropy"), ["--steps", "10"])
+    assert len(runs) == 9 * 18 and len(jobs) == 18
+    command = next(job.command for job in jobs if job.output == Path("runs/self-entropy-kd-2/model.safetensors"))
+    assert command[2:] == ["--masking", "self-entropy", "--kd-weight", "0.5", "--seed", "2",
+                           "--out", "runs/self-entropy-kd-2", "--steps", "10"]
+    run = next(run for run in runs if run.strategy == "self-entropy-kd" and run.seed == 2 and run.task == "rte")
+    command = run.command(Path("out.json"), ["--epochs", "2"], Path("glue.py"))
+    assert command[1:] == ["glue.py", "--task", "rte", "--model", "runs/self-entropy-kd-2", "--seed", "2", "--json",
+                           "out.json", "--label", "self-entropy-kd@runs/{masking}-{seed}", "--epochs", "2"]
+
+
+def test_a_finished_model_is_not_pretrained_again_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, file in (("random-0", "model.safetensors"), ("random-1", "train_args.json")):
+        (Path("runs") / name).mkdir(parents=True)
+        (Path("runs") / name / file).write_text("{}")
+    monkeypatch.setattr(stats.train, "parse_args", lambda options: None)
+    runs = stats.plan(["cola"], ["runs/{masking}-{seed}"], ["random"], [0, 1, 2])
+    commands = [job.command for job in stats.pretraining_jobs(runs, Path("out"), [])]
+    assert [command[-2:] for command in commands] == [["--resume", "runs/random-1"], ["--out", "runs/random-2"]]
+
+
+def test_a_pattern_is_one_model_in_the_report(tmp_path, fake_glue):
+    runs = stats.plan(["cola"], ["runs/{masking}-{seed}"], ["random", "entropy"], [0, 1])
+    stats.sweep(runs, tmp_path / "out", parallel=2, script=fake_glue)
+    (pair,) = stats.analyse(tmp_path / "out")["pairs"]
+    assert (pair["model"], pair["strategy"], pair["n"]) == ("runs/{masking}-{seed}", "entropy", 2)
+
+
+def test_adaptation_strategies_go_to_adapt_and_none_adapts_nothing():
+    random_run, none = stats.plan(["cola"], ["bert-base-uncased"], ["random", "none"], [0])
+    assert random_run.command(Path("o"), [], Path("g"))[-2:] == ["--adapt", "random"]
+    assert "--adapt" not in none.command(Path("o"), [], Path("g"))
+
+
+def test_a_dry_run_lists_and_estimates_and_writes_nothing(tmp_path, capsys):
+    write_run(tmp_path, "random", 0, 0.5, name="cola--m--random--0", seconds=90)
+    stats.main(["sweep", "--tasks", "cola", "--models", "m", "--strategies", "random", "typhoon", "--seeds", "0", "1",
+                "2", "--out", str(tmp_path), "--jobs", "2", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "done      cola--m--random--0" and lines[1] == "missing   cola--m--typhoon--0"
+    assert lines[-1] == "5 of 6 runs to do: about 4 minutes with --jobs 2, from 1 finished runs"  # 5 × 90 s / 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_estimate_takes_runs_of_the_same_task_and_model_where_it_can():
+    finished = [{"task": "cola", "model": "m", "seconds": 10}, {"task": "rte", "model": "m", "seconds": 30}]
+    missing = stats.plan(["cola", "sst2"], ["m"], ["none"], [0])
+    assert stats.estimate(missing, finished) == 10 + 20
+    assert math.isnan(stats.estimate(missing, []))
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+CELL = ["--tasks", "cola", "--models", "m", "--strategies", "random"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["report", "nowhere"], "nowhere holds no finished run"),
+    (["report", ".", "--effect", "0"], "--effect 0.0"),
+    (["report", ".", "--effect", "nan"], "--effect nan"),
+    (["sweep"], "--tasks and --models and --strategies missing"),
+    (["sweep", *CELL, "--jobs", "0"], "--jobs 0"),
+    (["sweep", *CELL, "--shard", "0/4"], "--shard 0/4"),
+    (["sweep", *CELL, "--shard", "5/4"], "--shard 5/4"),
+    (["sweep", *CELL, "--shard", "2"], "--shard 2"),
+    (["sweep", *CELL, "--tasks", "cloa"], "--task cloa is wrong: it must be one of cola"),
+    (["sweep", *CELL, "--strategies", "rnadom"], "--adapt rnadom is wrong"),
+    (["sweep", *CELL, "--models", "runs/{mask}"], "no other brace"),
+    (["sweep", *CELL, "--models", "a/b", "a-b"], "both write cola--a-b--random--0.json"),
+    (["sweep", *CELL, "--models", "runs/{masking}"], "runs/random is not there"),
+    (["sweep", *CELL, "--models", "runs/{masking}", "--strategies", "a b"], "--strategies a b"),
+    (["sweep", *CELL, "--", "--epochs", "0"], "--epochs 0 is wrong"),
+    (["sweep", *CELL, "--", "--seed=3"], "--seed is set by the sweep"),
+    (["sweep", "--preset", "entropy", "--strategies", "x", "--pretrain"], "--pretrain knows no strategy x"),
+    (["sweep", "--preset", "entropy", "--pretrain", "--out x"], "--out is set by the sweep"),
+    (["sweep", "--preset", "entropy", "--pretrain", "--steps 0"], "--steps 0"),
+    (["sweep", "--preset", "entropy", "--pretrain", "--shard", "1/2"], "first sweep --pretrain, then the shards")])
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stats, "sweep", None)  # it would run for hours
+    with pytest.raises(InputError) as error:
+        stats.main(arguments)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):
+    for arguments in (["report", str(tmp_path)], ["report"], ["sweep", "--preset", "x"]):
+        result = subprocess.run([sys.executable, stats.__file__, *arguments], capture_output=True, text=True)
+        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout

@@ -1,0 +1,445 @@
+"""The loop: what a step computes, what a run leaves behind, and that an interrupted run ends as an unbroken one."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train
+from masking import STRATEGIES, Context, Strategy, random_mask, top_k
+from model import InputError, load_pretrained
+from torch.nn import functional as F
+from train import Recipe, Texts, Trainer, Vocab
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SMALL = ["--preset", "tiny", "--vocab-size", "300", "--seq-len", "16", "--batch-size", "8", "--steps", "12", "--device",
+         "cpu", "--log-every", "3", "--save-every", "4", "--eval-every", "6", "--teacher-steps", "6"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A file of 400 short documents."""
+    path, rng = tmp_path_factory.mktemp("corpus") / "text.txt", np.random.default_rng(0)
+    words = ["the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "unbelievably", "quickly", "home", "."]
+    path.write_text("\n\n".join(" ".join(rng.choice(words, 20)) for _ in range(400)), encoding="utf-8")
+    return path
+
+
+def command(*arguments, cwd, **options):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], cwd=cwd, capture_output=True,
+                          text=True, timeout=300, **options)
+
+
+def weights(run):
+    return (Path(run) / "model.safetensors").read_bytes()
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+def trainer(model, texts, name="random", **numbers):
+    context = Context(0.3, model, texts.token_counts(), texts.vocab.continuation, texts.vocab.mask_id,
+                      lambda: torch.rand(texts.input_ids.shape, generator=torch.Generator().manual_seed(0)))
+    recipe = Recipe(**{"steps": 10, "batch_size": 8, "lr": 1e-3, **numbers})
+    return Trainer(model, texts, STRATEGIES[name](context), recipe)
+
+
+def numbered_texts(n=24, L=12, seed=0):
+    class Pieces:
+        id_to_token = staticmethod(lambda i: ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"][i] if i < 5 else f"w{i}")
+        token_to_id = staticmethod({"[PAD]": 0, "[MASK]": 4}.get)
+
+    ids = torch.randint(5, 60, (n, L), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0], ids[:, -1] = 2, 3
+    return Texts(ids, Vocab(Pieces, 60, CPU))
+
+
+def test_one_step_is_adamw_on_the_mean_loss_of_the_masked_tokens(model):
+    """The step against the same thing written out with plain PyTorch calls."""
+    import copy
+    texts, twin = numbered_texts(), copy.deepcopy(model)
+    ours = trainer(model, texts, corruption=(1, 0, 0), clip=0.5, warmup=0.5, weight_decay=0.1)
+    mask = random_mask(texts.vocab.ordinary[texts.input_ids], 0.3, torch.Generator().manual_seed(1))
+    ours.strategy.mask = ours.random.mask = lambda batch, generator: mask[batch.index]
+    stats = ours.step(0)
+
+    index = torch.cat(ours.rows(0))
+    ids, chosen = texts.input_ids[index], mask[index]
+    logits = twin(ids.masked_fill(chosen, 4))
+    loss = F.cross_entropy(logits[chosen], ids[chosen])
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+    matrices = [p for n, p in twin.named_parameters() if n.endswith("weight") and "norm" not in n.lower()]
+    rest = [p for p in twin.parameters() if all(p is not m for m in matrices)]
+    torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                      lr=1e-3 / 5, betas=(0.9, 0.98), eps=1e-6).step()  # the first of five warm-up steps
+    assert stats.tolist() == pytest.approx([loss.item(), norm.item(), chosen.sum().item(), 8 * 10], rel=1e-5)
+    for (name, ours_now), theirs in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(ours_now, theirs, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", ["whole-word", "typhoon"])
+def test_accumulation_changes_nothing_though_micro_batches_hold_different_numbers(name, model):
+    import copy
+    texts, runs = numbered_texts(), []
+    masks = torch.rand(4, *texts.input_ids.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    for accumulate in (1, 4):
+        one = trainer(copy.deepcopy(model), texts, name, accumulate=accumulate, corruption=(1, 0, 0), lr=1e-4)
+        for step in range(4):
+            one.strategy.mask = lambda batch, generator: masks[step][batch.index] & batch.maskable
+            one.step(step)
+        runs.append(one)
+    for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    if name == "typhoon":
+        typhoons = [run.strategy.typhoon for run in runs]
+        torch.testing.assert_close(typhoons[0].weight, typhoons[1].weight, atol=1e-6, rtol=1e-4)
+        assert typhoons[0].seen.any()
+
+
+def test_every_epoch_reads_every_text_once_in_its_own_order(model):
+    one = trainer(model, numbered_texts(n=24), batch_size=8)
+    epochs = [torch.cat([torch.cat(one.rows(step)) for step in range(first, first + 3)]) for first in (0, 3)]
+    assert [sorted(epoch.tolist()) for epoch in epochs] == [list(range(24))] * 2
+    assert epochs[0].tolist() != epochs[1].tolist()
+    uneven = trainer(model, numbered_texts(n=20), batch_size=8)
+    stream = torch.cat([torch.cat(uneven.rows(step)) for step in range(5)])
+    assert sorted(stream[:20].tolist()) == sorted(stream[20:].tolist()) == list(range(20))
+
+
+def test_learning_rate_by_hand():
+    factors = [train.lr_at(step, 10, 0.2) for step in range(10)]
+    assert factors == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_strategy_start_and_kd_start_wait_for_their_share_of_the_steps(model):
+    texts, calls = numbered_texts(), []
+    one = trainer(model, texts, "random", strategy_start=0.5, kd_weight=0.5, kd_start=0.7)
+    one.teacher = lambda *args, **kwargs: calls.append(("teacher", now)) or model(*args, **kwargs).detach()
+    masked = one.strategy.mask
+    one.strategy.mask = lambda batch, generator: calls.append(("strategy", now)) or masked(batch, generator)
+    for now in range(10):
+        one.step(now)
+    assert [now for who, now in calls if who == "strategy"] == [5, 6, 7, 8, 9]
+    assert [now for who, now in calls if who == "teacher"] == [7, 8, 9]
+
+
+def test_a_sixth_strategy_is_a_class_and_a_row(model, monkeypatch):
+    """The README's example: the rarest tokens first."""
+    class Rarest(Strategy):
+        def mask(self, batch, generator=None):
+            rarity = -self.context.token_counts[batch.input_ids].float()
+            k = torch.full((len(batch.input_ids),), 2)
+            return top_k(rarity, batch.maskable, k)
+
+    monkeypatch.setitem(STRATEGIES, "rarest", Rarest)
+    one = trainer(model, numbered_texts(), "rarest")
+    assert one.step(0)[2] == 16
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+def test_the_default_corpus_is_real_english():
+    documents = train.python_docs()
+    text = " ".join(paragraph for document in documents for paragraph in document)
+    assert len(documents) > 300 and 1_000_000 < len(text) < 4_000_000
+    assert "Return a string" in text and "\n" not in text
+
+
+def test_documents_paragraphs_and_odd_text(tmp_path):
+    path = tmp_path / "odd.txt"
+    path.write_bytes("\ufeffone\r\ntwo\r\n\r\n\r\nعربي 😀\x07\rlast\u2028line".encode())
+    assert [d for d in train.read_documents(path) if d] == [["one", "two"], ["عربي 😀\x07", "last\u2028line"]]
+
+
+def test_wikitext_titles_begin_documents(tmp_path):
+    path = tmp_path / "wiki.train.raw"
+    path.write_text(" \n = Title = \n \n A well @-@ known 1 @,@ 000 . \n = = Section = = \n More . \n \n = Next = \n x \n")
+    documents = [d for d in train.read_documents(path) if d]
+    assert documents == [["= Title =", "A well-known 1,000 .", "= = Section = =", "More ."], ["= Next =", "x"]]
+
+
+def test_windows_hold_every_token_in_order(english):
+    tokenizer, texts = english
+    assert (texts.input_ids[:, 0] == 2).all() and (texts.input_ids[:, -1] == 3).all()
+    inner = texts.input_ids[:, 1:-1].flatten()[:200].tolist()
+    topics = pytest.importorskip("pydoc_data.topics").topics
+    first = " ".join(next(iter(topics.values())).split())
+    expected = tokenizer.encode(first, add_special_tokens=False).ids
+    assert inner[:min(200, len(expected))] == expected[:200]
+
+
+def test_fraction_keeps_the_held_out_documents(corpus):
+    whole, held = train.read_corpus([str(corpus)], 1.0)
+    half, held_again = train.read_corpus([str(corpus)], 0.5)
+    assert len(whole) == 380 and len(held) == 20 and len(half) == 190 and held == held_again
+    assert half == whole[:190]
+
+
+def test_a_damaged_cache_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CACHE", tmp_path)
+    built = []
+    for damage in (None, b"", b"PK\x03\x04 half a zip", "cut"):
+        for path in tmp_path.iterdir():
+            path.write_bytes(path.read_bytes()[:-40] if damage == "cut" else damage)
+        got = train.cached("x", ["key"], lambda: built.append(1) or {"a": np.arange(9)})
+        assert got["a"].tolist() == list(range(9))
+    assert len(built) == 4
+    train.cached("x", ["key"], lambda: pytest.fail("the cache was there"))
+
+
+# --- the entropy table and the yardstick -----------------------------------------------------------------------------
+
+def test_the_table_is_the_direct_computation_to_float16(model):
+    texts = numbered_texts(n=70)
+    table = train.entropy_table(model.eval(), texts, "visible", 0.15, bf16=False)
+    with torch.no_grad():
+        direct = torch.distributions.Categorical(logits=model(texts.input_ids)).entropy()
+    ordinary = texts.vocab.ordinary[texts.input_ids]
+    assert table.dtype == torch.float16 and (table[~ordinary] == 0).all()
+    torch.testing.assert_close(table[ordinary].float(), direct[ordinary], rtol=1e-3, atol=1e-4)
+
+
+def test_frequency_alone_by_hand():
+    texts = numbered_texts(n=6)
+    counts = torch.zeros(60)
+    counts[[10, 11]] = torch.tensor([44.0, 1.0])  # + 1 each over 55 words: 45 / 100, 2 / 100, 1 / 100
+    texts.input_ids[:, 1:-1] = torch.tensor([10, 11, 12, 10, 11, 12, 10, 11, 12, 10])
+    exam = train.frequency_yardstick(texts, counts)
+    words = torch.cat([batch.input_ids[mask] for batch, mask in train.yardstick_masks(texts)]).tolist()
+    expected = -np.mean([math.log({10: 0.45, 11: 0.02, 12: 0.01}[word]) for word in words])
+    assert exam["loss"] == pytest.approx(expected, rel=1e-6) and exam["positions"] == len(words) == 12
+    assert exam["accuracy"] == pytest.approx(words.count(10) / len(words))
+
+
+def test_the_yardstick_is_the_mean_over_fixed_positions_all_masked(model):
+    texts = numbered_texts(n=70)
+    exam = train.yardstick(model, texts)
+    losses, right = [], []
+    for batch, mask in train.yardstick_masks(texts):
+        with torch.no_grad():
+            logits = model.eval()(batch.input_ids.masked_fill(mask, 4))[mask]
+        losses += F.cross_entropy(logits, batch.input_ids[mask], reduction="none").tolist()
+        right += (logits.argmax(-1) == batch.input_ids[mask]).tolist()
+    assert exam["loss"] == pytest.approx(np.mean(losses), rel=1e-5) and exam["accuracy"] == pytest.approx(np.mean(right))
+    assert exam == train.yardstick(model, texts)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("extra", [[], ["--kd-weight", "0.5"]], ids=["plain", "kd"])
+@pytest.mark.parametrize("masking", STRATEGIES)
+def test_every_strategy_trains_with_and_without_distillation(masking, extra, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--masking", masking, "--corpus", str(corpus), *SMALL, *extra])
+    run = tmp_path / "runs" / (masking + ("-kd" if extra else ""))
+    said = capsys.readouterr().out
+    assert "word-piece frequency alone" in said and f"this model ({masking})" in said and "[MASK]" in said
+    assert ("the teacher" in said) == (masking == "entropy" or bool(extra))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in log if "yardstick" in line] == [6, 12]
+    model, tokenizer = load_pretrained(run, head="mlm")
+    assert tokenizer.get_vocab_size() == model.config.vocab_size
+    settings = json.loads((run / "train_args.json").read_text())
+    assert settings["masking"] == masking and settings["versions"]["torch"] == torch.__version__
+
+
+def test_the_teacher_and_its_tables_are_made_once(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train.main(["--masking", "entropy", "--corpus", str(corpus), *SMALL])
+    assert len(list((tmp_path / "runs").glob("reference-*"))) == 1
+    assert weights("runs/entropy") == weights("runs/entropy-2")
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "data/cache").iterdir()) == ["entropy", "windows"]
+
+
+def test_reference_files_open_the_run(corpus, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    train.main(["--corpus", str(corpus), *SMALL])
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained("runs/random").eval()
+    ours, tokenizer = load_pretrained("runs/random", head="mlm")
+    ids = torch.tensor([tokenizer.encode("the cat sat").ids])
+    assert transformers.AutoTokenizer.from_pretrained("runs/random")("the cat sat")["input_ids"] == ids[0].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.eval()(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_training_from_a_model_and_to_a_teacher_of_another_kind(tmp_path, monkeypatch, corpus, caplog):
+    """--init takes a DistilBERT; its recorded vocabulary knows none of the words, so the text is made of w0, w1 ..."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "numbers.txt"
+    path.write_text("\n\n".join(" ".join(f"w{i * j % 50}" for i in range(60)) for j in range(1, 80)))
+    reference = Path(__file__).parent / "data" / "reference"
+    arguments = [a for a in SMALL if a not in ("--preset", "tiny", "--vocab-size", "300")]
+    train.main(["--corpus", str(path), *arguments, "--init", str(reference / "distilbert-mlm"), "--teacher",
+                str(reference / "bert-mlm"), "--kd-weight", "1"])
+    model, _ = load_pretrained("runs/random-kd", head="mlm")
+    assert model.config.model_type == "distilbert"
+
+
+# --- interrupted runs ------------------------------------------------------------------------------------------------
+
+VARIANTS = [("random", []), ("whole-word", ["--accumulate", "2"]), ("entropy", ["--entropy-select", "sample"]),
+            ("self-entropy", ["--dropout", "0.1"]), ("typhoon", ["--kd-weight", "0.5", "--accumulate", "2"])]
+
+
+@pytest.mark.parametrize("masking, extra", VARIANTS, ids=[v[0] for v in VARIANTS])
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(masking, extra, corpus, tmp_path, monkeypatch):
+    """Stopped by a signal after step 5, between two saves and between two log lines."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--masking", masking, "--corpus", str(corpus), *SMALL, *extra]
+    train.main([*arguments, "--out", "whole"])
+    step = Trainer.step
+
+    def stopping(self, number):
+        if number == 4 and self.strategy.context.rate == 0.15 and self.recipe.steps == 12:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*arguments, "--out", "broken"])
+    assert stop.value.code == 143
+    monkeypatch.setattr(Trainer, "step", step)
+    train.main(["--resume", "broken"])
+    assert weights("whole") == weights("broken")
+    assert Path("whole/log.jsonl").read_bytes() == Path("broken/log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_names_the_command_that_goes_on(name, status, corpus, tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--corpus", str(corpus), *SMALL, "--steps", "100000",
+                                "--out", "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(name)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in error
+    assert "python train.py --resume run" in out
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] >= 4
+
+
+def kill_and_resume(arguments, cwd, kills, rng):
+    """Starts a run, SIGKILLs it `kills` times at random moments of its training, resuming each time; lets it end."""
+    log = cwd / "broken" / "log.jsonl"
+    for kill in range(kills + 1):
+        start = ["--resume", "broken"] if (cwd / "broken" / "train_args.json").exists() else [*arguments, "--out", "broken"]
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *start], cwd=cwd, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
+        if kill < kills:
+            while process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > before):
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+        _, error = process.communicate(timeout=240)
+        assert process.returncode in (0, -signal.SIGKILL), error
+    assert process.returncode == 0, error
+
+
+@pytest.mark.parametrize("masking, extra, kills", [
+    ("typhoon", [], 2), *(pytest.param(*variant, 20, marks=pytest.mark.slow) for variant in VARIANTS)])
+def test_killed_at_random_moments(masking, extra, kills, corpus, tmp_path):
+    arguments = ["--masking", masking, "--corpus", corpus, *SMALL, "--steps", "200", *extra]
+    whole = command(*arguments, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    kill_and_resume(list(map(str, arguments)), tmp_path, kills, np.random.default_rng(0))
+    assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
+    assert (tmp_path / "whole/log.jsonl").read_bytes() == (tmp_path / "broken/log.jsonl").read_bytes()
+
+
+def test_resuming_with_other_arguments_names_the_argument(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--corpus", str(corpus), *SMALL, "--out", "run"])
+    with pytest.raises(InputError, match="--lr is 0.1, but run was started with 0.002"):
+        train.parse_args(["--resume", "run", "--lr", "0.1"])
+    args = train.parse_args(["--resume", "run", "--steps", "15", "--log-every", "7"])
+    assert (args.steps, args.log_every, args.vocab_size) == (15, 7, 300)
+    train.main(["--resume", "run", "--steps", "14"])
+    assert json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])["step"] == 14
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = Trainer.step
+
+    def poisoned(self, number):
+        if number == 9:
+            self.model.head.bias.data[7] = math.nan
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(train.RunError, match="step 10: .* not finite"):
+        train.main(["--corpus", str(corpus), *SMALL, "--out", "run"])
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 8
+    last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 10 and "not finite" in last["error"]
+    assert not Path("run/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", "cut"])
+def test_a_damaged_checkpoint_is_named(damage, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--corpus", str(corpus), *SMALL, "--out", "run"])
+    path = Path("run/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:-2000] if damage == "cut" else damage)
+    with pytest.raises(InputError, match="checkpoint.pt is damaged .* delete it"):
+        train.main(["--resume", "run"])
+
+
+# --- data-parallel ---------------------------------------------------------------------------------------------------
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = [{root!r}, {tests!r}]
+import train
+from test_train import numbered_texts, trainer
+from model import BertConfig, BertForMaskedLM
+if train.world_size() > 1:
+    dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = BertForMaskedLM(BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=24, max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+texts = numbered_texts(n=48)
+one = trainer(model, texts, {name!r}, accumulate=2, corruption=(1, 0, 0), steps=20, lr=1e-4)
+for step in range(20):
+    fixed = torch.rand(texts.input_ids.shape, generator=torch.Generator().manual_seed(step)) < 0.3
+    one.strategy.mask = lambda batch, generator: fixed[batch.index] & batch.maskable
+    one.step(step)
+exam = train.yardstick(model, texts)
+torch.save({{"model": model.state_dict(), "strategy": one.strategy.state_dict(), "exam": exam}},
+           f"{out}-{{train.world_size()}}-{{train.rank()}}.pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["whole-word", "typhoon"])
+def test_two_ranks_give_the_weights_of_one(name, tmp_path):
+    """20 steps of 8 texts in two micro-batches, the same masks: 1e-6, Typhoon's state on every rank included."""
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), name=name, out=str(tmp_path / "out")))
+    subprocess.run([sys.executable, script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
+                   check=True, timeout=120, capture_output=True)
+    one, first, second = (torch.load(tmp_path / f"out-{which}.pt") for which in ("1-0", "2-0", "2-1"))
+    for key in one["model"]:
+        torch.testing.assert_close(first["model"][key], one["model"][key], atol=1e-6, rtol=1e-6)
+        assert torch.equal(first["model"][key], second["model"][key])
+    for key in one["strategy"]:
+        assert torch.equal(first["strategy"][key], second["strategy"][key])
+        torch.testing.assert_close(first["strategy"][key], one["strategy"][key], atol=1e-6, rtol=1e-5)
+    assert first["exam"] == second["exam"]
+    assert first["exam"]["loss"] == pytest.approx(one["exam"]["loss"], rel=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_main_job_runs_on_cuda(corpus, tmp_path):
+    done = command("--masking", "entropy", "--device", "cuda", "--corpus", corpus, *SMALL[:-6], cwd=tmp_path)
+    assert done.returncode == 0 and "this model (entropy)" in done.stdout, done.stderr
