@@ -18,8 +18,6 @@ The functions come first, then the strategies as the training loop sees them: a 
 Shapes: B batch, L tokens, H hidden, V vocabulary, N chosen positions. `maskable` (B, L) is True on ordinary tokens: not
 special, not padding. Whatever draws takes a torch.Generator on the tensors' device; None is PyTorch's global one.
 """
-import argparse
-import json
 import math
 import sys
 from contextlib import contextmanager
@@ -326,7 +324,7 @@ class Entropy(Strategy):
         self.table = context.teacher_entropy()  # (texts, L)
 
     def mask(self, batch, generator=None):
-        entropy = self.table[batch.index.to(self.table.device)].to(batch.maskable.device)
+        entropy = self.table[batch.index][:, :batch.maskable.shape[1]]  # a batch is cut to its longest text
         return entropy_mask(entropy, batch.maskable, self.context.rate, self.context.entropy_select, generator)
 
 
@@ -400,7 +398,7 @@ def demo(text: str, model, tokenizer, teacher, rate: float, seed: int) -> tuple[
             feed(strategy, model, batch, context, generator)
         looked_at = entropy.get(name)
         if name == "typhoon":
-            looked_at = strategy.typhoon.rates()[ids]
+            looked_at = strategy.typhoon.rates()[ids] * maskable
         shown[name] = (strategy.mask(batch, generator)[0], None if looked_at is None else looked_at[0])
     return [pieces[i] for i in ids[0]], shown
 
@@ -437,8 +435,7 @@ def demo_lines(pieces: list[str], shown: dict[str, tuple], colour: bool) -> list
 
 def parse_args(argv=None):
     from model import Parser
-    parser = Parser(description="Shows what each strategy would mask in a text, and why.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Shows what each strategy would mask in a text, and why.")
     parser.add_argument("text")
     parser.add_argument("--model", help="run directory, Hugging Face directory or hub name (default: the newest run)")
     parser.add_argument("--mask-rate", type=float, default=0.15)
@@ -448,7 +445,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """The demo's command line. model.py is imported here alone: the strategies need nothing but torch."""
-    from model import InputError, load_pretrained
+    from model import InputError, load_pretrained, read_json
     args = parse_args(argv)
     if not 0 < args.mask_rate < 1:
         raise InputError(f"--mask-rate {args.mask_rate} is not between 0 and 1")
@@ -458,9 +455,10 @@ def main(argv=None):
     source = args.model or str(runs[-1].parent)
     model, tokenizer = load_pretrained(source, head="mlm")
     settings = Path(source) / "train_args.json"
-    teacher_dir = json.loads(settings.read_text()).get("teacher_dir") if settings.exists() else None
+    teacher_dir = read_json(settings).get("teacher_dir") if settings.exists() else None
     teacher = load_pretrained(teacher_dir, head="mlm")[0] if teacher_dir and Path(teacher_dir).is_dir() else model
-    pieces, shown = demo(args.text, model.eval(), tokenizer, teacher.eval(), args.mask_rate, args.seed)
+    text = args.text.encode(errors="surrogateescape").decode(errors="replace")  # a shell may pass what is no UTF-8
+    pieces, shown = demo(text, model.eval(), tokenizer, teacher.eval(), args.mask_rate, args.seed)
     if not any(mask.any() for mask, _ in shown.values()):
         raise InputError("the text has no word to mask: give a sentence")
     print(f"model {source}, teacher {teacher_dir or 'the same'}, {args.mask_rate:.0%} masked")

@@ -63,6 +63,15 @@ class BertConfig:
     def __post_init__(self):
         if self.model_type not in ("bert", "distilbert"):
             raise InputError(f"model_type is {self.model_type!r}: only bert and distilbert can be read")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                     "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be from 0 to 1")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise InputError(f"pad_token_id {self.pad_token_id} is none of the {self.vocab_size:,} word pieces")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
 
@@ -315,11 +324,11 @@ def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str):
         if name.startswith("classifier.") and theirs[0] in weights and weights[theirs[0]].shape != ours.shape:
             missing.append(name)  # a head for another number of labels
         elif all(part in weights for part in theirs):
-            value = torch.cat([weights[part] for part in theirs])
-            if value.shape != ours.shape:
-                raise InputError(f"{source}: {theirs[0]} gives {tuple(value.shape)}, "
-                                 f"its config.json asks for {tuple(ours.shape)}")
-            ours.copy_(value)  # state_dict shares the parameters' memory
+            for part, piece in zip(theirs, ours.chunk(len(theirs))):
+                if weights[part].shape != piece.shape:
+                    raise InputError(f"{source}: {part} is {tuple(weights[part].shape)}, "
+                                     f"its config.json asks for {tuple(piece.shape)}")
+                piece.copy_(weights[part])  # state_dict shares the parameters' memory
             used.update(theirs)
         else:
             missing.append(name)
@@ -405,10 +414,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return tokenizer
     if not (path := directory / "vocab.txt").exists():
         raise InputError(f"{directory} has neither tokenizer.json nor vocab.txt: copy the tokenizer there")
-    words = path.read_text(encoding="utf-8").split("\n")
+    try:
+        words = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte offset {error.start}): copy it again") from None
     vocab = {word.rstrip("\r"): i for i, word in enumerate(words[:-1] if words[-1] == "" else words)}
     settings = directory / "tokenizer_config.json"
-    return wordpiece_tokenizer(vocab, read_json(settings).get("do_lower_case", True) if settings.exists() else True)
+    return wordpiece_tokenizer(vocab, not settings.exists() or bool(read_json(settings).get("do_lower_case", True)))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -473,7 +485,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]):
 
 
 def write_atomic(path: Path, data: str | bytes):
-    """Writes a file whole or not at all: a temporary file beside it, flushed to the disk, then renamed."""
+    """Writes a file whole or not at all: a temporary file beside it, flushed to the disk, then renamed. Raises RunError
+    where the disk is full, or refuses for another reason."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -484,9 +497,17 @@ def write_atomic(path: Path, data: str | bytes):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's files are private
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}): make room or choose another place; what was there "
+                       "before is untouched") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)  # already gone where all went well
+
+
+def can_write(path: str | Path) -> bool:
+    """Whether a file or a folder can be made at `path`: the nearest of its parents that exists is a folder to write in."""
+    nearest = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def read_json(path: Path) -> dict:
@@ -549,9 +570,9 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
     if dropout is not None:
         config = replace(config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     tokenizer = load_tokenizer(directory)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise InputError(f"{directory}: the tokenizer has {tokenizer.get_vocab_size():,} word pieces, "
-                         f"the model {config.vocab_size:,}: they do not belong together")
+    if (pieces := 1 + max(tokenizer.get_vocab().values())) > config.vocab_size:
+        raise InputError(f"{directory}: the tokenizer has {pieces:,} word pieces, the model {config.vocab_size:,}: "
+                         "they do not belong together")
     weights = read_weights(directory)
     if head == "mlm":
         model = BertForMaskedLM(config)
@@ -573,8 +594,16 @@ def save_pretrained(model: nn.Module, tokenizer: Tokenizer, directory: Path):
 
 # --- what the command lines share ------------------------------------------------------------------------------------
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # no "(default: None)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line on an error instead of the whole usage."""
+    """argparse, with the defaults in its help, and one line on an error instead of the whole usage."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
@@ -586,11 +615,13 @@ def run_cli(main):
         main()
     except InputError as error:
         status, message = 2, f"{error}"
-    except (RunError, OSError) as error:
+    except RunError as error:
         status, message = 1, f"{error}"
+    except OSError as error:
+        status, message = 1, f"{error}: see to that file or disk, then try again"
     except KeyboardInterrupt:
         status, message = 128 + signal.SIGINT, "interrupted"
     else:
         return
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)  # one line, whatever it quotes
     sys.exit(status)

@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -743,12 +744,13 @@ def run_jobs(jobs: list[Job], parallel: int, bar: tqdm) -> int:
     """Runs the jobs, `parallel` at once, each a process of its own. Returns how many failed; a failure stops no other.
     If this process is interrupted it ends the jobs in flight; they are the only ones to run again."""
     waiting, running, failed = list(jobs), {}, 0
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}  # jobs that share cores do not fight
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 job, stderr = waiting.pop(0), tempfile.TemporaryFile()
                 running[subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                         stderr=stderr)] = job, stderr
+                                         stderr=stderr, env=threads | os.environ)] = job, stderr
             time.sleep(0.02)
             for process in [process for process in running if process.poll() is not None]:
                 job, stderr = running.pop(process)
@@ -875,10 +877,13 @@ def sweep_command(args):
     runs, folder = grid(args), args.out or Path("runs") / (args.preset or "sweep")
     check_extra(args.extra, ("--task", "--model", "--seed", "--adapt", "--label", "--json"))
     for run in runs:
-        glue.parse_args(run.command(folder, args.extra, HERE)[2:])
+        glue.parse_args(run.command(folder / f"{run.name}.json", args.extra, HERE)[2:])
     pretraining = []
     if args.pretrain is not None:
-        options = shlex.split(args.pretrain)
+        try:
+            options = shlex.split(args.pretrain)
+        except ValueError as error:
+            raise InputError(f"--pretrain {args.pretrain}: {error}, so where do its options end?") from None
         check_extra(options, ("--masking", "--kd-weight", "--seed", "--out", "--resume"))
         pretraining = pretraining_jobs(runs, folder, options)
     if args.dry_run:

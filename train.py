@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -30,7 +31,7 @@ import time
 import urllib.request
 import warnings
 import zipfile
-from argparse import ArgumentDefaultsHelpFormatter, BooleanOptionalAction, Namespace
+from argparse import BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from distill import init_student, kd_loss
-from masking import STRATEGIES, Batch, Context, Random, Strategy, corrupt, hidden_entropy, position_entropy, random_mask
-from model import (PRESETS, SPECIAL_TOKENS, BertConfig, BertForMaskedLM, InputError, Parser, RunError, load_pretrained,
-                   log, read_json, run_cli, save_pretrained, wordpiece_tokenizer, write_atomic)
+from masking import (STRATEGIES, Batch, Context, Random, Strategy, corrupt, evaluating, hidden_entropy,
+                     position_entropy, random_mask)
+from model import (PRESETS, SPECIAL_TOKENS, BertConfig, BertForMaskedLM, InputError, Parser, RunError, can_write,
+                   load_pretrained, log, read_json, run_cli, save_pretrained, wordpiece_tokenizer, write_atomic)
 
 CACHE = Path("data/cache")
 TEACHER_MASK_RATE = 0.15  # of the automatic teacher
@@ -85,7 +87,7 @@ def read_text(path: Path) -> str:
     if b"\0" in data:
         raise InputError(f"{path} is binary (a zero byte at offset {data.index(0)}): give plain UTF-8 text")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8").removeprefix("\ufeff")  # "utf-8-sig" would count bytes from behind the mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte offset {error.start}): convert it first") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -113,18 +115,13 @@ def corpus_files(names: list[str]) -> list[Path]:
 
 
 def read_documents(path: Path) -> list[list[str]]:
-    """A paragraph a line, a blank line between documents; in WikiText a title begins one."""
-    documents = [[]]
-    for line in read_text(path).split("\n"):
-        title = path.suffix == ".raw" and line.startswith(" = ") and not line.startswith(" = =")
-        if title or not line.strip():
-            if path.suffix != ".raw" or title:
-                documents.append([])
-        if line.strip():
-            for joined, mark in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):  # WikiText's escapes
-                line = line.replace(joined, mark) if path.suffix == ".raw" else line
-            documents[-1].append(line.strip())
-    return documents
+    """A paragraph a line, a blank line between documents; in WikiText's .raw files a title begins one."""
+    text, boundary = read_text(path), r"\n\s*\n"
+    if path.suffix == ".raw":
+        boundary = r"\n(?= = [^=])"
+        for escape, mark in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
+            text = text.replace(escape, mark)
+    return [[line.strip() for line in part.split("\n") if line.strip()] for part in re.split(boundary, text)]
 
 
 def read_corpus(names: list[str], fraction: float) -> tuple[list[list[str]], list[list[str]]]:
@@ -147,28 +144,30 @@ def read_corpus(names: list[str], fraction: float) -> tuple[list[list[str]], lis
     return documents[:math.ceil(fraction * len(documents))], held_out
 
 
+def fetch(url: str, size: int, name: str) -> bytes:
+    """The bytes at `url`, at most a few more than `size` of them, with a progress bar."""
+    request, data = urllib.request.Request(url, headers={"User-Agent": "minimask"}), bytearray()
+    with urllib.request.urlopen(request, timeout=60) as response, \
+            tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
+        while len(data) <= size and (block := response.read(1 << 16)):
+            data += block
+            bar.update(len(block))
+    return bytes(data)
+
+
 def download(url: str, path: Path, size: int, sha256: str) -> Path:
-    """Fetches a file of `size` bytes to `path`, unless it is there. Nothing appears at `path` before size and sha256
-    are right. Raises InputError, saying which file to put where, when the network or the file is not as expected."""
-    if path.exists():
-        return path
-    request = urllib.request.Request(url, headers={"User-Agent": "minimask"})
-    data = io.BytesIO()
+    """Sees to it that the file of `size` bytes is at `path`. It appears there only when its sha256 is right; one that is
+    there already is checked too. Raises InputError, saying which file to put where."""
+    here = path.exists()
     try:
-        with urllib.request.urlopen(request, timeout=60) as response, \
-                tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-            while block := response.read(1 << 16):
-                data.write(block)
-                bar.update(len(block))
-                if data.tell() > size:
-                    break
+        data = path.read_bytes() if here else fetch(url, size, path.name)
     except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
         raise InputError(f"could not fetch {url} ({error}): put that file at {path} yourself") from None
-    found = hashlib.sha256(data.getvalue()).hexdigest()
-    if found != sha256:
-        raise InputError(f"{url} gave {data.tell():,} bytes with sha256 {found[:12]}..., expected {size:,} with "
-                         f"{sha256[:12]}...: try again, or put the right file at {path}")
-    write_atomic(path, data.getvalue())
+    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise InputError(f"{path if here else url} has {len(data):,} bytes with sha256 {found[:12]}..., expected {size:,} "
+                         f"with {sha256[:12]}...: {'delete it' if here else 'try again'}, or put the right file at {path}")
+    if not here:
+        write_atomic(path, data)
     return path
 
 
@@ -197,7 +196,8 @@ def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
     tokenizer = wordpiece_tokenizer({})
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS),
                                         show_progress=False)
-    tokenizer.train_from_iterator((paragraph for doc in documents for paragraph in doc), trainer)
+    unbroken = re.compile(r"\S{1000}")  # training takes the square of a word's length: cut what no one wrote as a word
+    tokenizer.train_from_iterator((unbroken.sub(r"\g<0> ", text) for doc in documents for text in doc), trainer)
     return wordpiece_tokenizer(tokenizer.get_vocab())
 
 
@@ -309,7 +309,7 @@ class Recipe:
     warmup: float = 0.1  # a fraction of the steps
     weight_decay: float = 0.01
     clip: float = 1.0
-    corruption: tuple = (0.8, 0.1, 0.1)
+    corruption: tuple[float, float, float] = (0.8, 0.1, 0.1)
     strategy_start: float = 0.0  # random masks for this fraction of the steps
     kd_weight: float = 0.0
     kd_temperature: float = 2.0
@@ -469,20 +469,17 @@ def yardstick_masks(texts: Texts) -> list[tuple[Batch, Tensor]]:
     return exam
 
 
-@torch.no_grad()
 def yardstick(model: BertForMaskedLM, texts: Texts, bf16: bool = False) -> dict[str, float]:
     """Cross-entropy (nats) and accuracy (fraction) at random held-out positions, all of them [MASK]. With BERT's
     80/10/10 a model that copies what it sees would already score."""
-    model.eval()
     totals = torch.zeros(3, device=texts.input_ids.device)  # loss, right, count
-    for batch, mask in yardstick_masks(texts)[rank()::world_size()]:
-        corrupted, labels = corrupt(batch.input_ids, mask, texts.vocab.mask_id, texts.vocab.size, (1, 0, 0))
-        with torch.autocast(totals.device.type, torch.bfloat16, enabled=bf16):
+    with evaluating(model), torch.autocast(totals.device.type, torch.bfloat16, enabled=bf16):
+        for batch, mask in yardstick_masks(texts)[rank()::world_size()]:
+            corrupted, labels = corrupt(batch.input_ids, mask, texts.vocab.mask_id, texts.vocab.size, (1, 0, 0))
             logits = model(corrupted, batch.attention_mask, batch.token_type_ids, positions=mask).float()  # (N, V)
-        loss = F.cross_entropy(logits, labels[mask], reduction="sum")
-        totals += torch.stack([loss, (logits.argmax(-1) == labels[mask]).sum(), mask.sum()])
+            loss = F.cross_entropy(logits, labels[mask], reduction="sum")
+            totals += torch.stack([loss, (logits.argmax(-1) == labels[mask]).sum(), mask.sum()])
     loss, right, count = reduce_sum(totals).tolist()
-    model.train()
     return {"loss": loss / count, "accuracy": right / count, "positions": int(count)}
 
 
@@ -497,13 +494,13 @@ def frequency_yardstick(texts: Texts, token_counts: Tensor) -> dict[str, float]:
 SENTENCES = ("return the [MASK] of the list.", "the file could not be [MASK].", "this is the first [MASK] of the year.")
 
 
-@torch.no_grad()
 def fill_in(model: BertForMaskedLM, tokenizer: Tokenizer, device: torch.device) -> list[str]:
     """The three likeliest words for the gap in each of SENTENCES."""
     lines = []
     for sentence in SENTENCES:
         ids = torch.tensor([tokenizer.encode(sentence).ids], device=device)
-        logits = model(ids, positions=ids == tokenizer.token_to_id("[MASK]"))[0]
+        with evaluating(model):
+            logits = model(ids, positions=ids == tokenizer.token_to_id("[MASK]"))[0]
         best = logits.float().softmax(-1).topk(3)
         words = (f"{tokenizer.id_to_token(i)} {p:.0%}" for p, i in zip(best.values.tolist(), best.indices.tolist()))
         lines.append(f"  {sentence:<40} {', '.join(words)}")
@@ -605,6 +602,18 @@ def check_vocab(args: Namespace, teacher: Tokenizer | None, init: Tokenizer | No
                          "they are not the same: choose another --teacher or --init")
 
 
+def check_shapes(args: Namespace, teacher: BertForMaskedLM | None, init: BertForMaskedLM | None):
+    """What a given teacher and --init must be able to do, before the corpus is read. Raises InputError."""
+    for name, model in (("--teacher", teacher), ("--init", init)):
+        if model and model.config.max_position_embeddings < args.seq_len:
+            raise InputError(f"{name} has {model.config.max_position_embeddings} positions: lower --seq-len")
+    if teacher and init and teacher.config.vocab_size != init.config.vocab_size:
+        raise InputError(f"the teacher predicts {teacher.config.vocab_size:,} word pieces, --init "
+                         f"{init.config.vocab_size:,}: choose another --teacher or --init")
+    if teacher and args.student_init != "random":
+        build_model(args, None, teacher)
+
+
 def build_model(args: Namespace, tokenizer: Tokenizer, teacher: BertForMaskedLM | None) -> BertForMaskedLM:
     """The student: --init's weights or a fresh preset, then what --student-init copies from the teacher."""
     torch.manual_seed(args.seed)
@@ -670,7 +679,9 @@ class RunDirectory:
     def save(self, trainer: Trainer, **state):
         if rank() == 0:
             buffer = io.BytesIO()
-            log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())  # the checkpoint must not be on the disk before the lines it counts
+                log_bytes = file.tell()
             torch.save({**trainer.state_dict(), **state, "log_bytes": log_bytes}, buffer)
             write_atomic(self.checkpoint_path, buffer.getvalue())
 
@@ -713,22 +724,18 @@ def set_up(args: Namespace) -> tuple[Trainer, Texts, Tokenizer, str | None]:
     """Everything a run needs before its first step: (trainer, held-out texts, tokenizer, the teacher's directory)."""
     device = pick_device(args.device)
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
-    given = [load_pretrained(name, head="mlm")[1] if name else None for name in (args.teacher, args.init)]
+    models, given = zip(*(load_pretrained(name, head="mlm") if name else (None, None) for name in (args.teacher, args.init)))
     check_vocab(args, *given)
+    check_shapes(args, *models)
     teacher_dir = find_teacher(args)
     tokenizer, arrays = prepare_texts(args, given[1] or given[0])
     teacher = load_pretrained(teacher_dir, head="mlm")[0].to(device).eval().requires_grad_(False) if teacher_dir else None
     model = build_model(args, tokenizer, teacher).to(device)
-    for name, one in (("model", model), ("teacher", teacher)):
-        if one and one.config.max_position_embeddings < args.seq_len:
-            raise InputError(f"the {name} has {one.config.max_position_embeddings} positions: lower --seq-len")
     vocab = Vocab(tokenizer, model.config.vocab_size, device)
     texts, held_out = (Texts(torch.from_numpy(arrays[part]).to(device), vocab) for part in ("train", "held_out"))
     table = functools.partial(cached_entropies, teacher, texts, args, bf16)
     strategy = build_strategy(args.masking, model, texts, table, args)
-    recipe = Recipe(args.steps, args.batch_size, args.lr, args.accumulate, args.warmup, args.weight_decay, args.clip,
-                    tuple(args.corruption), args.strategy_start, args.kd_weight, args.kd_temperature, args.kd_start,
-                    args.seed, bf16)
+    recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__} | {"bf16": bf16})
     if args.compile:
         model.bert.compile()
         model.head.compile()
@@ -777,7 +784,7 @@ def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Na
                 stop_if_bad(int(bad), run)
             if due(args.log_every, step):
                 mean = (since[0] / since[2]).item()
-                totals = totals + since[2:].double().cpu()
+                totals = totals + since[2:].cpu().double()
                 lr = trainer.optimizer.param_groups[0]["lr"]
                 run.log(step=step + 1, loss=mean, lr=lr, grad_norm=since[1].item(), masked=int(totals[0]))
                 speed = (step + 1 - first) * args.batch_size * args.seq_len / (time.perf_counter() - began)
@@ -809,9 +816,7 @@ def summarise(trainer: Trainer, held_out: Texts, tokenizer: Tokenizer, path: Pat
     exams = {"word-piece frequency alone": frequency_yardstick(held_out, trainer.strategy.context.token_counts)}
     if trainer.teacher:
         exams["the teacher"] = yardstick(trainer.teacher, held_out, trainer.recipe.bf16)
-        trainer.teacher.eval()
     exams[f"this model ({args.masking})"] = yardstick(trainer.model, held_out, trainer.recipe.bf16)
-    trainer.model.eval()
     masked, maskable = totals.tolist()
     say(f"\n{path}: {args.steps:,} steps, {seconds:.0f} s\n"
         f"masked {masked / max(1, maskable):.2%} of the ordinary tokens (asked for: {args.mask_rate:.2%}), {masked:,.0f} "
@@ -826,7 +831,7 @@ def summarise(trainer: Trainer, held_out: Texts, tokenizer: Tokenizer, path: Pat
 # --- the command line ------------------------------------------------------------------------------------------------
 
 def make_parser() -> Parser:
-    parser = Parser(description="Pretrain a masked language model.", formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = Parser(description="Pretrain a masked language model.")
     add = parser.add_argument
     add("--masking", default="random", help=f"who is masked: {', '.join(STRATEGIES)}")
     add("--mask-rate", type=float, default=0.15, help="the budget, a fraction of the ordinary tokens")
@@ -881,12 +886,17 @@ def parse_args(argv=None) -> Namespace:
         if not path.exists():
             raise InputError(f"--resume {args.resume}: no train_args.json there, so it is no run of train.py")
         stored = read_json(path)
-        args = parser.parse_args(argv, Namespace(**{key: stored.get(key) for key in vars(args)}))
+        stored = {key: stored.get(key, parser.get_default(key)) for key in vars(args)}
+        args = parser.parse_args(argv, Namespace(**stored))
         for key in sorted(set(vars(args)) - MAY_CHANGE):
-            if getattr(args, key) != stored.get(key):
+            if getattr(args, key) != stored[key]:
                 raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but {args.resume} was started with "
-                                 f"{stored.get(key)}: drop it, or start a new run")
+                                 f"{stored[key]}: drop it, or start a new run")
         args.out = args.resume
+        try:
+            check(args)
+        except TypeError:
+            raise InputError(f"{path} holds values of the wrong kind: copy it again, or start a new run") from None
     check(args)
     return args
 
@@ -912,9 +922,11 @@ def check(args: Namespace):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)} is not at least 1")
     for name in ("lr", "kd_temperature", "clip"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0")
-    require(args.weight_decay >= 0, f"--weight-decay {args.weight_decay} is negative")
-    require(args.seed >= 0, f"--seed {args.seed} is negative")
+    require(0 <= args.weight_decay < math.inf, f"--weight-decay {args.weight_decay} is not a number from 0 up")
+    require(0 <= args.seed < 2 ** 63, f"--seed {args.seed} is not in 0 to 2^63 - 1")
     require(args.seq_len >= 3, f"--seq-len {args.seq_len} leaves no room between [CLS] and [SEP]: 3 at least")
+    positions = BertConfig.max_position_embeddings
+    require(args.init or args.seq_len <= positions, f"--seq-len {args.seq_len}: a fresh model has {positions} positions")
     require(args.vocab_size is None or args.vocab_size >= 100, f"--vocab-size {args.vocab_size} is too small: 100 at least")
     require(args.batch_size % (world_size() * args.accumulate) == 0,
             f"--batch-size {args.batch_size} cannot be shared by {world_size()} ranks × {args.accumulate} micro-batches")
@@ -924,6 +936,7 @@ def check(args: Namespace):
         out = Path(args.out)
         require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
                 f"--out {out} holds something already: choose another, or --resume {out}")
+        require(can_write(out / "log.jsonl"), f"--out {out}: no folder can be made or written there")
     pick_device(args.device)
 
 
@@ -936,6 +949,11 @@ def main(argv=None):
     except torch.cuda.OutOfMemoryError:
         raise RunError(f"the GPU's memory is full at --batch-size {args.batch_size}, --seq-len {args.seq_len}, --preset "
                        f"{args.preset}: lower one of them, or raise --accumulate") from None
+    except RuntimeError as error:
+        if world_size() > 1 and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+            raise RunError("another process of this run was lost, and its own messages say why; the last checkpoint is "
+                           "kept, --resume goes on from it") from None
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

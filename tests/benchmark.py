@@ -129,21 +129,24 @@ def steps(device="cpu"):
         yield "the same, ours in bf16 autocast", f"{reference / bf16:.1f}×", f"{reference * 1e3:.0f} / {bf16 * 1e3:.0f} ms"
 
 
-def self_entropy_floor(config: BertConfig, tokens: int, masked: int, asked: int) -> float:
-    """FLOPs of a self-entropy step over those of a random step, counting matrix products: a step is a forward pass and
-    twice as much backward; self-entropy adds a forward pass that answers `asked` positions."""
-    H, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-
-    def forward(rows):
-        kept = layers - 1  # the last block's queries, output and feed-forward run on `rows` positions only
-        everywhere = kept * tokens * (8 * H * H + 4 * H * inner + 4 * H * LENGTH) + tokens * 4 * H * H
-        return everywhere + rows * (4 * H * H + 4 * H * inner + 4 * H * LENGTH) + rows * 2 * H * (H + config.vocab_size)
-    return 1 + forward(asked) / (3 * forward(masked))
+def forward_flops(config: BertConfig, tokens: int, rows: int) -> float:
+    """Matrix products of a forward pass over `tokens` whose last block and head answer for `rows` of them."""
+    H, inner = config.hidden_size, config.intermediate_size
+    asking = 4 * H * H + 4 * H * inner + 4 * H * LENGTH  # a position's query, output, feed-forward, attention
+    keys_and_values = 4 * H * H
+    return (config.num_hidden_layers * tokens * keys_and_values + (config.num_hidden_layers - 1) * tokens * asking
+            + rows * (asking + 2 * H * (H + config.vocab_size)))
 
 
-def make_trainer(name, preset, vocab_size, device="cpu", bf16=False, rows=ROWS, seed_model=None):
+def self_entropy_floor(config: BertConfig, tokens: int, masked: int) -> float:
+    """FLOPs of a self-entropy step over those of a random step: a step is a forward pass and twice as much backward;
+    self-entropy adds a forward pass that answers for twice as many positions as are masked."""
+    return 1 + forward_flops(config, tokens, 2 * masked) / (3 * forward_flops(config, tokens, masked))
+
+
+def make_trainer(name, preset, vocab_size, device="cpu", bf16=False, rows=ROWS):
     texts = random_texts(vocab_size, rows * 4, LENGTH, device)
-    model = seed_model or pair(preset, vocab_size, 0.1, device)[0]
+    model = pair(preset, vocab_size, 0.1, device)[0]
     table = torch.rand(texts.input_ids.shape, device=device) * 9
     context = masking.Context(RATE, model, texts.token_counts(), texts.vocab.continuation, 4, lambda: table)
     recipe = train.Recipe(steps=10_000, batch_size=rows, lr=1e-5, bf16=bf16)
@@ -176,7 +179,7 @@ def masking_part():
             ratio, detail = times[strategy] / times["random"], f"{times[strategy] * 1e3:.0f} / {times['random'] * 1e3:.0f} ms"
             if strategy == "self-entropy":
                 k = round(RATE * (LENGTH - 2)) * ROWS
-                floor = self_entropy_floor(trainers[strategy].model.config, ROWS * LENGTH, k, 2 * k)
+                floor = self_entropy_floor(trainers[strategy].model.config, ROWS * LENGTH, k)
                 detail += f"; FLOP floor {floor:.2f}×, so {ratio / floor:.2f} of it"
             yield f"{strategy} step, {name}: over a random step", f"{ratio:.2f}×", detail
     yield from collator()
@@ -189,11 +192,11 @@ def collator():
         return
     texts = random_texts(8192, ROWS, LENGTH, "cpu")
     batch = texts.batch(torch.arange(ROWS))
-    pieces = [texts.vocab and Pieces(8192).id_to_token(i) for i in range(8192)]
+    pieces = [Pieces(8192).id_to_token(i) for i in range(8192)]
     tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)})
     collate = transformers.DataCollatorForLanguageModeling(tokenizer, whole_word_mask=True, mlm_probability=RATE)
-    examples = [tokenizer.prepare_for_model(row.tolist(), add_special_tokens=False) if hasattr(tokenizer, "prepare_for_model")
-                else {"input_ids": row.tolist(), "offset_mapping": offsets(row.tolist(), pieces)} for row in batch.input_ids]
+    rows = batch.input_ids.tolist()
+    examples = [{"input_ids": row, "offset_mapping": offsets(row, pieces)} for row in rows]
 
     def ours():
         mask = masking.whole_word_mask(batch.maskable, texts.vocab.continuation[batch.input_ids], RATE)
@@ -297,11 +300,6 @@ def gpu():
                 k = round(RATE * (LENGTH - 2)) * 256
                 flops = 3 * forward_flops(trainer.model.config, tokens, k)
                 yield f"GPU {preset}: share of the matrix peak", f"{flops / compiled / top:.0%}", f"{flops / 1e12:.2f} TFLOP a step"
-
-
-def forward_flops(config, tokens, rows):
-    """Of `self_entropy_floor`, the forward pass alone."""
-    return (self_entropy_floor(config, tokens, rows, rows) - 1) * 3
 
 
 PARTS = {"steps": steps, "masking": masking_part, "memory": memory, "finetuning": finetuning, "gpu": gpu}

@@ -1,7 +1,9 @@
 """What is true of each strategy."""
 import math
 from collections import Counter
+from pathlib import Path
 
+import masking
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,9 @@ from model import BertConfig, BertForMaskedLM
 from masking import (STRATEGIES, Batch, Context, Typhoon, budget, corrupt, embedding_saliency, entropy_mask, evaluating,
                      hidden_entropy, position_entropy, random_mask, token_entropy, top_k, whole_word_mask)
 from torch.nn import functional as F
+
+
+REFERENCE = Path(__file__).parent / "data" / "reference" / "bert-mlm"
 
 
 def generator(seed=0):
@@ -370,7 +375,34 @@ def test_pure_mask_masks_everything():
     assert torch.equal(corrupt(ids, mask, 4, 40, (0, 0, 1))[0], ids)
 
 
-# --- a sixth strategy ------------------------------------------------------------------------------------------------
+# --- the terminal demo -----------------------------------------------------------------------------------------------
+
+def test_the_demo_shows_every_strategy_side_by_side(capsys):
+    """On a recorded model; the output is no terminal, so there are markers and no colours."""
+    masking.main(["w1 w2 w3 w4 w5 w6 w7 w8 w9", "--model", str(REFERENCE), "--mask-rate", "0.3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == list(STRATEGIES)
+    table = {line.split()[0]: line for line in lines[2:13]}
+    assert list(table) == ["[CLS]", *(f"w{i}" for i in range(1, 10)), "[SEP]"]
+    assert "MASK" not in table["[CLS]"] + table["[SEP]"] and "\x1b" not in "".join(lines)
+    width = len("[CLS]") + 2
+    for i, name in enumerate(STRATEGIES):
+        column = [table[f"w{j}"][width + 15 * i:width + 15 * (i + 1)] for j in range(1, 10)]
+        masked = ["[MASK]" in cell for cell in column]
+        assert sum(masked) in {"whole-word": (2, 3), "typhoon": range(10)}.get(name, (3,))  # 0.3 · 9 = 2.7
+        numbers = [float(cell.replace("[MASK]", "").replace(" . ", "")) for cell in column] if i > 1 else []
+        assert all(0 < number < (1 if name == "typhoon" else math.log(60)) for number in numbers)
+        if name == "entropy":  # the three highest
+            assert min(n for n, m in zip(numbers, masked) if m) >= max(n for n, m in zip(numbers, masked) if not m)
+
+
+def test_the_demo_colours_a_terminal():
+    shown = {"entropy": (torch.tensor([True, False]), torch.tensor([3.0, 1.0]))}
+    lines = masking.demo_lines(["hard", "easy"], shown, colour=True)
+    assert "\x1b[1m" in lines[1] and "48;5;196" in lines[1] and "48;5;16m" in lines[2]
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", STRATEGIES)

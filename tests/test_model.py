@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model import (Bert, BertConfig, BertForMaskedLM, InputError, SelfAttention, columns,
+from model import (Bert, BertConfig, BertForMaskedLM, InputError, RunError, SelfAttention, columns,
                    find_pretrained, load_pretrained, read_safetensors, save_pretrained, to_hf, wordpiece_tokenizer,
                    write_atomic, write_safetensors)
 from record_reference import inputs
@@ -197,6 +197,16 @@ def test_another_number_of_labels_gets_a_fresh_head(caplog):
     assert same.classifier.out_features == 3
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_is_what_the_caller_asks_for(dropout):
+    """In the embeddings, in attention and before the classifier, whatever the checkpoint (0.1) says."""
+    model, _ = load_pretrained(REFERENCE / "bert-classification", head="classification", dropout=dropout)
+    ids, attention = inputs()["input_ids"], model.train().bert.layers[0].attention
+    hidden = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    for module, example in ((model.bert.embeddings, ids), (attention, hidden), (model, ids)):
+        assert torch.equal(module(example), module(example)) == (dropout == 0)
+
+
 @pytest.mark.parametrize("name, value, said", [
     ("model_type", "roberta", "roberta"), ("hidden_act", "relu", "relu"), ("hidden_size", "16", "hidden_size"),
     ("num_attention_heads", 3, "3 heads"), ("hidden_size", 32, "word_embeddings"), ("vocab_size", 50, "word pieces"),
@@ -316,7 +326,7 @@ def test_hugging_face_names_are_the_recorded_ones():
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     write_atomic(tmp_path / "file", "old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(RunError, match="file cannot be written .No space left on device.: make room"):
         write_atomic(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
