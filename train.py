@@ -535,11 +535,16 @@ def rank_zero_first():
         dist.barrier()
 
 
+def corpus_state(names: list[str]) -> list:
+    """What changes when the corpus does: the files' names, sizes and times, or Python's version."""
+    if names == ["docs"]:
+        return [platform.python_version()]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in corpus_files(names)]
+
+
 def prepare_texts(args: Namespace, tokenizer: Tokenizer | None) -> tuple[Tokenizer, dict[str, np.ndarray]]:
     """The tokenizer, trained if none is given, and the windows: {"train": (n, L), "held_out": (m, L), ...}."""
-    files = [] if args.corpus == ["docs"] else corpus_files(args.corpus)
-    key = [platform.python_version() if not files else [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
-           args.corpus_fraction, args.vocab_size, args.seq_len,
+    key = [corpus_state(args.corpus), args.corpus_fraction, args.vocab_size, args.seq_len,
            tokenizer and hashlib.sha256(tokenizer.to_str().encode()).hexdigest()]
 
     def build():
@@ -558,14 +563,15 @@ def prepare_texts(args: Namespace, tokenizer: Tokenizer | None) -> tuple[Tokeniz
 
 
 def reference_args(args: Namespace) -> Namespace:
-    """The run that makes the automatic teacher: this one with random, pure [MASK] masks and a fixed seed. Its directory
-    is named after what decides its weights, so that the next run finds it."""
-    changed = {"masking": "random", "mask_rate": TEACHER_MASK_RATE, "corruption": [1.0, 0.0, 0.0], "seed": 0,
+    """The run that makes the automatic teacher: this one with random masks and a fixed seed. Its directory is named
+    after what decides its weights, so that the next run finds it."""
+    changed = {"masking": "random", "mask_rate": TEACHER_MASK_RATE, "corruption": [0.8, 0.1, 0.1], "seed": 0,
                "steps": args.teacher_steps, "kd_weight": 0.0, "strategy_start": 0.0, "student_init": "random"}
     reference = Namespace(**vars(args) | changed)
-    decides = ("corpus", "corpus_fraction", "vocab_size", "preset", "seq_len", "steps", "batch_size", "lr", "warmup",
+    decides = ("corpus_fraction", "vocab_size", "preset", "seq_len", "steps", "batch_size", "lr", "warmup",
                "weight_decay", "clip", "dropout")
-    name = hashlib.sha256(json.dumps([getattr(reference, key) for key in decides]).encode()).hexdigest()[:8]
+    key = [corpus_state(args.corpus), *(getattr(reference, name) for name in decides)]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     reference.out = str(Path("runs") / f"reference-{name}")
     reference.resume = reference.out if (Path(reference.out) / "train_args.json").exists() else None
     return reference
@@ -843,7 +849,7 @@ def make_parser() -> Parser:
     add("--typhoon-spread", type=float, default=0.4, help="the lowest rate is 1 - spread times the highest")
     add("--typhoon-ema", type=float, default=0.8, help="weight of the new value in the moving average")
     add("--teacher", help="model for entropy masking and distillation (default: trained first, and kept)")
-    add("--teacher-steps", type=int, default=1000, help="steps of the teacher that is trained first")
+    add("--teacher-steps", type=int, default=2500, help="steps of the teacher that is trained first")
     add("--kd-weight", type=float, default=0.0, help="alpha: share of the distillation term in the loss")
     add("--kd-temperature", type=float, default=2.0, help="T: softens teacher and student")
     add("--kd-start", type=float, default=0.0, help="distil after this fraction of the steps")
@@ -855,8 +861,8 @@ def make_parser() -> Parser:
     add("--preset", default="tiny", help=f"size of a fresh model: {', '.join(PRESETS)}")
     add("--init", help="start from this model instead: a run, a Hugging Face directory or a hub name")
     add("--dropout", type=float, default=0.0, help="0 suits short runs from scratch; BERT has 0.1")
-    add("--steps", type=int, default=700, help="optimizer steps")
-    add("--batch-size", type=int, default=32, help="windows an optimizer step, over all ranks")
+    add("--steps", type=int, default=2000, help="optimizer steps")
+    add("--batch-size", type=int, default=8, help="windows an optimizer step, over all ranks")
     add("--accumulate", type=int, default=1, help="micro-batches that a rank cuts its share into")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     add("--warmup", type=float, default=0.1, help="fraction of the steps in which it rises")
@@ -868,9 +874,9 @@ def make_parser() -> Parser:
     add("--compile", action="store_true", help="torch.compile the encoder and the head")
     add("--out", help="run directory (default: runs/MASKING, or the first free runs/MASKING-N)")
     add("--resume", metavar="RUN", help="go on with this run, with its own arguments")
-    add("--log-every", type=int, default=50, metavar="STEPS")
-    add("--eval-every", type=int, default=200, metavar="STEPS")
-    add("--save-every", type=int, default=200, metavar="STEPS")
+    add("--log-every", type=int, default=100, metavar="STEPS")
+    add("--eval-every", type=int, default=500, metavar="STEPS")
+    add("--save-every", type=int, default=500, metavar="STEPS")
     return parser
 
 
