@@ -611,7 +611,7 @@ def adapt(model: nn.Module, tokenizer, data: Encoded, args: Namespace) -> dict:
         strategy = TaskTyphoon(strategy.context, model, targets, args.adapt_lr, args.weight_decay)
     epoch = math.ceil(len(texts) / args.adapt_batch_size)
     recipe = Recipe(args.adapt_epochs * epoch, args.adapt_batch_size, args.adapt_lr, weight_decay=args.weight_decay,
-                    corruption=tuple(args.corruption), seed=args.seed, bf16=bf16)
+                    corruption=tuple(args.corruption), strategy_start=0.0, seed=args.seed, bf16=bf16)
     trainer = Trainer(mlm, texts, strategy, recipe)
     log_of_steps = run_steps(trainer, f"{args.task}, adapting by {args.adapt}")  # (steps, 4)
     model.bert.load_state_dict(mlm.bert.state_dict(), strict=False)  # all but the pooler, which the masked LM has not

@@ -127,7 +127,7 @@ def evaluating(model):
             module.training = mode
 
 
-def position_entropy(model, batch: "Batch", input_ids: Tensor, positions: Tensor, chunk: int = 512) -> Tensor:
+def position_entropy(model, batch: "Batch", input_ids: Tensor, positions: Tensor, chunk: int = 128) -> Tensor:
     """The model's entropy at `positions` (B, L) bool, reading input_ids (B, L). Returns (B, L) in nats, 0 elsewhere.
 
     The head runs `chunk` positions at a time, so that no (B, L, V) tensor is ever held. The model's mode, gradients and
@@ -270,7 +270,7 @@ class Context:
     continuation: Tensor  # (V,) bool, True for "##" pieces
     mask_token_id: int
     teacher_entropy: Callable[[], Tensor] | None = None  # -> (texts, L), the frozen teacher's entropies
-    entropy_select: str = "high"
+    entropy_select: str | None = None  # None: what suits the strategy
     entropy_input: str = "masked"  # or "visible"
     spread: float = 0.4
     ema_weight: float = 0.8
@@ -280,6 +280,7 @@ class Strategy:
     """One way to choose. A new one is a class with `mask` and a row in STRATEGIES; the rest is optional."""
     needs_teacher = False  # reads context.teacher_entropy
     wants_gradient = False  # `observe` wants to be called
+    start = 0.0  # before this fraction of a run from scratch it is random masking's turn, unless the user says otherwise
 
     def __init__(self, context: Context):
         self.context = context
@@ -316,8 +317,10 @@ class WholeWord(Strategy):
 
 
 class Entropy(Strategy):
-    """`entropy_mask` over a frozen teacher's entropies, which are looked up: they never change."""
+    """`entropy_mask` over a frozen teacher's entropies, which are looked up: they never change. `mixed` and a late start
+    are the defaults because `high` from the first step leaves a small model without the language's frame (README)."""
     needs_teacher = True
+    start = 0.5
 
     def __init__(self, context):
         super().__init__(context)
@@ -325,7 +328,8 @@ class Entropy(Strategy):
 
     def mask(self, batch, generator=None):
         entropy = self.table[batch.index][:, :batch.maskable.shape[1]]  # a batch is cut to its longest text
-        return entropy_mask(entropy, batch.maskable, self.context.rate, self.context.entropy_select, generator)
+        select = self.context.entropy_select or "mixed"
+        return entropy_mask(entropy, batch.maskable, self.context.rate, select, generator)
 
 
 class SelfEntropy(Strategy):
@@ -340,7 +344,7 @@ class SelfEntropy(Strategy):
             candidates = top_k(uniform(batch.maskable, generator), batch.maskable, 2 * k)
             input_ids = input_ids.masked_fill(candidates, context.mask_token_id)
         entropy = position_entropy(context.model, batch, input_ids, candidates)
-        return select_by_entropy(entropy, candidates, k, context.entropy_select, generator)
+        return select_by_entropy(entropy, candidates, k, context.entropy_select or "high", generator)
 
 
 class TyphoonStrategy(Strategy):
@@ -390,7 +394,7 @@ def demo(text: str, model, tokenizer, teacher, rate: float, seed: int) -> tuple[
     entropy = {"entropy": hidden_entropy(teacher, batch, rate, mask_id, generator),
                "self-entropy": hidden_entropy(model, batch, rate, mask_id, generator)}
     context = Context(rate, model, counts, torch.tensor([(p or "").startswith("##") for p in pieces]), mask_id,
-                      teacher_entropy=lambda: entropy["entropy"])
+                      teacher_entropy=lambda: entropy["entropy"], entropy_select="high")
     shown = {}
     for name, build in STRATEGIES.items():
         strategy = build(context)

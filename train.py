@@ -310,7 +310,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     corruption: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    strategy_start: float = 0.0  # random masks for this fraction of the steps
+    strategy_start: float | None = None  # random masks for this fraction of the steps; None: the strategy's own
     kd_weight: float = 0.0
     kd_temperature: float = 2.0
     kd_start: float = 0.0
@@ -348,6 +348,7 @@ class Trainer:
         self.model, self.texts, self.strategy, self.recipe, self.teacher = model, texts, strategy, recipe, teacher
         self.device = model.head.bias.device
         self.random = Random(strategy.context)
+        self.start = strategy.start if recipe.strategy_start is None else recipe.strategy_start
         self.generator = torch.Generator(self.device)
         self.optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
         self.parallel = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
@@ -390,7 +391,7 @@ class Trainer:
         recipe, progress = self.recipe, step / self.recipe.steps
         self.seed(step)
         batches = [self.texts.batch(index) for index in self.rows(step)]
-        strategy = self.strategy if progress >= recipe.strategy_start else self.random
+        strategy = self.strategy if progress >= self.start else self.random
         with self.autocast():
             masks = [strategy.mask(batch, self.generator) for batch in batches]
         counts = torch.stack([sum(mask.sum() for mask in masks), sum(batch.maskable.sum() for batch in batches)])
@@ -566,7 +567,7 @@ def reference_args(args: Namespace) -> Namespace:
     """The run that makes the automatic teacher: this one with random masks and a fixed seed. Its directory is named
     after what decides its weights, so that the next run finds it."""
     changed = {"masking": "random", "mask_rate": TEACHER_MASK_RATE, "corruption": [0.8, 0.1, 0.1], "seed": 0,
-               "steps": args.teacher_steps, "kd_weight": 0.0, "strategy_start": 0.0, "student_init": "random"}
+               "steps": args.teacher_steps, "kd_weight": 0.0, "student_init": "random"}
     reference = Namespace(**vars(args) | changed)
     decides = ("corpus_fraction", "vocab_size", "preset", "seq_len", "steps", "batch_size", "lr", "warmup",
                "weight_decay", "clip", "dropout")
@@ -843,13 +844,13 @@ def make_parser() -> Parser:
     add("--mask-rate", type=float, default=0.15, help="the budget, a fraction of the ordinary tokens")
     add("--corruption", type=float, nargs=3, default=[0.8, 0.1, 0.1], metavar=("MASK", "SWAP", "KEEP"),
         help="shares of the chosen tokens that become [MASK], become a random token, stay")
-    add("--strategy-start", type=float, default=0.0, help="random masks for this fraction of the steps")
-    add("--entropy-select", default="high", help="high, low, mixed or sample")
+    add("--strategy-start", type=float, help="random masks for this fraction of the steps (default: 0.5 for entropy, else 0)")
+    add("--entropy-select", help="high, low, mixed or sample (default: mixed for entropy, high for self-entropy)")
     add("--entropy-input", default="masked", help="entropy of a token that the model sees (visible) or not (masked)")
     add("--typhoon-spread", type=float, default=0.4, help="the lowest rate is 1 - spread times the highest")
     add("--typhoon-ema", type=float, default=0.8, help="weight of the new value in the moving average")
     add("--teacher", help="model for entropy masking and distillation (default: trained first, and kept)")
-    add("--teacher-steps", type=int, default=2500, help="steps of the teacher that is trained first")
+    add("--teacher-steps", type=int, default=2200, help="steps of the teacher that is trained first")
     add("--kd-weight", type=float, default=0.0, help="alpha: share of the distillation term in the loss")
     add("--kd-temperature", type=float, default=2.0, help="T: softens teacher and student")
     add("--kd-start", type=float, default=0.0, help="distil after this fraction of the steps")
@@ -861,7 +862,7 @@ def make_parser() -> Parser:
     add("--preset", default="tiny", help=f"size of a fresh model: {', '.join(PRESETS)}")
     add("--init", help="start from this model instead: a run, a Hugging Face directory or a hub name")
     add("--dropout", type=float, default=0.0, help="0 suits short runs from scratch; BERT has 0.1")
-    add("--steps", type=int, default=2000, help="optimizer steps")
+    add("--steps", type=int, default=1600, help="optimizer steps")
     add("--batch-size", type=int, default=8, help="windows an optimizer step, over all ranks")
     add("--accumulate", type=int, default=1, help="micro-batches that a rank cuts its share into")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
@@ -917,12 +918,13 @@ def check(args: Namespace):
                "entropy_input": ("visible", "masked"), "student_init": ("random", "embeddings", "layers")}
     for name, known in choices.items():
         value = getattr(args, name)
-        require(value in known, f"--{name.replace('_', '-')} {value!r} is unknown: choose from {', '.join(known)}")
+        require(value is None or value in known, f"--{name.replace('_', '-')} {value!r} is unknown: choose from {', '.join(known)}")
     require(0 < args.mask_rate < 1, f"--mask-rate {args.mask_rate} is not between 0 and 1")
     require(min(args.corruption) >= 0 and math.isclose(sum(args.corruption), 1, abs_tol=1e-6),
             f"--corruption {' '.join(map(str, args.corruption))}: three shares that sum to 1, such as 0.8 0.1 0.1")
     for name in ("strategy_start", "kd_start", "kd_weight", "warmup", "dropout", "typhoon_spread", "typhoon_ema"):
-        require(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} {getattr(args, name)} is not in 0 to 1")
+        value = getattr(args, name)
+        require(value is None or 0 <= value <= 1, f"--{name.replace('_', '-')} {value} is not in 0 to 1")
     require(0 < args.corpus_fraction <= 1, f"--corpus-fraction {args.corpus_fraction} is not above 0 and at most 1")
     for name in ("steps", "teacher_steps", "batch_size", "accumulate", "log_every", "eval_every", "save_every"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)} is not at least 1")
