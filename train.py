@@ -32,6 +32,7 @@ import urllib.request
 import warnings
 import zipfile
 from argparse import BooleanOptionalAction, Namespace
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,12 +193,18 @@ def extract(archive: Path, folder: Path):
 # --- tokens and windows ----------------------------------------------------------------------------------------------
 
 def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
-    """A lower-case WordPiece vocabulary on the training documents."""
-    tokenizer = wordpiece_tokenizer({})
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS),
-                                        show_progress=False)
+    """A lower-case WordPiece vocabulary on the training documents; the same one every time."""
     unbroken = re.compile(r"\S{1000}")  # training takes the square of a word's length: cut what no one wrote as a word
-    tokenizer.train_from_iterator((unbroken.sub(r"\g<0> ", text) for doc in documents for text in doc), trainer)
+    texts = [unbroken.sub(r"\g<0> ", paragraph) for document in documents for paragraph in document]
+    tokenizer, letters = wordpiece_tokenizer({}), Counter()
+    for text in texts:
+        letters.update(tokenizer.normalizer.normalize_str(text))
+    # The trainer numbers the one-letter continuations as its hash table has them; named beforehand, they have an order.
+    split = tokenizer.pre_tokenizer.pre_tokenize_str
+    continuations = sorted("##" + letter for letter, _ in letters.most_common(1000) if len(split(f"a{letter}a")) == 1)
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *continuations],
+                                        show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     return wordpiece_tokenizer(tokenizer.get_vocab())
 
 

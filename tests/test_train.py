@@ -174,6 +174,15 @@ def test_windows_hold_every_token_in_order(english):
     assert inner[:min(200, len(expected))] == expected[:200]
 
 
+def test_the_vocabulary_is_the_same_in_every_process(tmp_path):
+    """The library's trainer alone orders pieces by a hash that each process seeds anew."""
+    code = ("import train; d, _ = train.read_corpus(['docs'], 0.1); "
+            "print(sorted(train.train_tokenizer(d, 600).get_vocab().items()))")
+    first, second = (subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+                     for _ in range(2))
+    assert first.stdout == second.stdout and "'##e'" in first.stdout
+
+
 def test_fraction_keeps_the_held_out_documents(corpus):
     whole, held = train.read_corpus([str(corpus)], 1.0)
     half, held_again = train.read_corpus([str(corpus)], 0.5)
