@@ -280,6 +280,9 @@ class Texts:
             types = None if types is None else types[:, :longest]
         return Batch(ids, self.vocab.ordinary[ids], index, attention_mask, types)
 
+    def digest(self) -> str:
+        return hashlib.sha256(self.input_ids.cpu().numpy().tobytes()).hexdigest()
+
     def token_counts(self) -> Tensor:
         """(V,) how often each ordinary type occurs."""
         counts = sum(torch.bincount(part.flatten().long(), minlength=self.vocab.size)
@@ -386,7 +389,9 @@ class Trainer:
             logits = self.parallel(inputs_embeds=words, **inputs)  # (N, V)
             with torch.no_grad():
                 teacher_logits = self.teacher(corrupted, **inputs) if kd_weight else None
-            loss = kd_loss(logits, teacher_logits, labels[mask], kd_weight, recipe.kd_temperature) * len(logits)
+            loss = logits.sum()  # of nothing, where nothing is masked
+            if len(logits):
+                loss = kd_loss(logits, teacher_logits, labels[mask], kd_weight, recipe.kd_temperature) * len(logits)
         (loss * world_size() / masked_in_all).backward()  # ranks are averaged; every masked token counts the same
         if self.strategy.wants_gradient:
             self.strategy.observe(batch, mask, words.grad / world_size())
@@ -452,7 +457,7 @@ def entropy_table(teacher: BertForMaskedLM, texts: Texts, entropy_input: str, ra
 
 def cached_entropies(teacher: BertForMaskedLM, texts: Texts, args: Namespace, bf16: bool) -> Tensor:
     """`entropy_table`, kept on disk by teacher, windows and reading."""
-    digest = hashlib.sha256(texts.input_ids.cpu().numpy().tobytes())
+    digest = hashlib.sha256(texts.digest().encode())
     for weight in teacher.state_dict().values():
         digest.update(weight.cpu().numpy().tobytes())
     rate = args.mask_rate if args.entropy_input == "masked" else 0.0
@@ -759,13 +764,16 @@ def set_up(args: Namespace) -> tuple[Trainer, Texts, Tokenizer, str | None]:
 def pretrain(args: Namespace):
     """One run, from text to summary."""
     trainer, held_out, tokenizer, teacher_dir = set_up(args)
-    state = {}
+    state, corpus = {}, trainer.texts.digest()
     if args.resume:
         run = RunDirectory(Path(args.resume))
+        if read_json(run.path / "train_args.json").get("windows") != corpus:
+            raise InputError(f"--resume {run.path}: the corpus is not the one that it was started with: start a new run")
         state = run.restore(trainer)
     else:
         run = RunDirectory(new_directory(args))
-        run.write("train_args.json", vars(args) | {"out": str(run.path), "teacher_dir": teacher_dir, "versions": versions()})
+        run.write("train_args.json", vars(args) | {"out": str(run.path), "teacher_dir": teacher_dir, "windows": corpus,
+                                                   "versions": versions()})
     say(f"{run.path}: {args.masking} masking of {args.mask_rate:.0%}, {len(trainer.texts):,} windows of {args.seq_len} "
         f"tokens, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {trainer.device}")
     totals, seconds = training_loop(trainer, held_out, run, args, state)

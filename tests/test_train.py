@@ -102,6 +102,20 @@ def test_accumulation_changes_nothing_though_micro_batches_hold_different_number
         assert typhoons[0].seen.any()
 
 
+def test_micro_batches_without_a_masked_token_change_nothing(model):
+    import copy
+    texts, runs = numbered_texts(), []
+    for accumulate in (1, 8):  # with 8, most micro-batches have nothing to guess
+        one = trainer(copy.deepcopy(model), texts, "typhoon", accumulate=accumulate, corruption=(1, 0, 0), lr=1e-4)
+        first = one.rows(0)[0][0]
+        one.strategy.mask = lambda batch, generator: batch.maskable & (batch.index == first)[:, None]
+        assert one.step(0)[2] == 10
+        runs.append(one.model)
+    for a, b in zip(runs[0].parameters(), runs[1].parameters()):
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 def test_every_epoch_reads_every_text_once_in_its_own_order(model):
     one = trainer(model, numbered_texts(n=24), batch_size=8)
     epochs = [torch.cat([torch.cat(one.rows(step)) for step in range(first, first + 3)]) for first in (0, 3)]
@@ -374,6 +388,15 @@ def test_resuming_with_other_arguments_names_the_argument(corpus, tmp_path, monk
     assert (args.steps, args.log_every, args.vocab_size) == (15, 7, 300)
     train.main(["--resume", "run", "--steps", "14"])
     assert json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])["step"] == 14
+
+
+def test_resuming_on_another_corpus_is_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_bytes(corpus.read_bytes())
+    train.main(["--corpus", "text.txt", *SMALL, "--out", "run"])
+    Path("text.txt").write_text(corpus.read_text().replace("cat", "dog"))
+    with pytest.raises(InputError, match="corpus is not the one"):
+        train.main(["--resume", "run"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus, tmp_path, monkeypatch):
