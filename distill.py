@@ -32,6 +32,8 @@ def init_student(student: nn.Module, teacher: nn.Module, how: str):
     how: "embeddings" copies word, position and token-type embeddings and their LayerNorm; "layers" also evenly spaced
     encoder layers, student layer i from teacher layer ⌊i T / S⌋ (DistilBERT, with T = 2 S, takes every second). Raises
     InputError, naming both shapes, where something does not fit."""
+    if how not in ("embeddings", "layers"):
+        raise ValueError(f"unknown how {how!r}: embeddings or layers")
     copy(student.bert.embeddings, teacher.bert.embeddings)
     if how == "layers":
         S, T = len(student.bert.layers), len(teacher.bert.layers)
@@ -48,5 +50,5 @@ def copy(to: nn.Module, source: nn.Module):
         if name not in theirs or theirs[name].shape != ours.shape:
             found = tuple(theirs[name].shape) if name in theirs else "nothing"
             raise InputError(f"{name} is {tuple(ours.shape)} in the student and {found} in the teacher: "
-                             "choose a --preset of the teacher's width, or another --student-init")
+                             "choose a --preset of the teacher's width, another --teacher or another --student-init")
         ours.copy_(theirs[name])

@@ -136,7 +136,7 @@ def position_entropy(model, batch: "Batch", input_ids: Tensor, positions: Tensor
         hidden = model.hidden(input_ids, batch.attention_mask, batch.token_type_ids, positions=positions)  # (N, H)
         values = [token_entropy(model.logits(rows)) for rows in hidden.split(chunk)]
     entropy = torch.zeros(positions.shape, device=positions.device)
-    return entropy.masked_scatter(positions, torch.cat(values)) if values else entropy
+    return entropy.masked_scatter(positions, torch.cat(values))
 
 
 def hidden_entropy(model, batch: "Batch", rate: float, mask_token_id: int, generator=None) -> Tensor:
@@ -169,7 +169,7 @@ class Typhoon:
     """[T]: a masking rate for each token type, from a moving average of its gradient saliency.
 
     token_counts (V,): how often each type stands at a maskable position of the corpus; rate: the budget, a fraction;
-    spread σ: the lowest rate is (1 − σ) times the highest; ema_weight β: the weight of the *new* value."""
+    spread σ < 1: the lowest rate is (1 − σ) times the highest; ema_weight β: the weight of the *new* value."""
 
     def __init__(self, token_counts: Tensor, rate: float, spread: float = 0.4, ema_weight: float = 0.8):
         real = torch.float32 if token_counts.device.type == "mps" else torch.float64  # mps has no float64
@@ -280,7 +280,7 @@ class Strategy:
     """One way to choose. A new one is a class with `mask` and a row in STRATEGIES; the rest is optional."""
     needs_teacher = False  # reads context.teacher_entropy
     wants_gradient = False  # `observe` wants to be called
-    start = 0.0  # before this fraction of a run from scratch it is random masking's turn, unless the user says otherwise
+    start = 0.0  # before this fraction of the steps it is random masking's turn, unless the user says otherwise
 
     def __init__(self, context: Context):
         self.context = context
@@ -348,7 +348,8 @@ class SelfEntropy(Strategy):
 
 
 class TyphoonStrategy(Strategy):
-    """`Typhoon`, fed with the gradient of the MLM loss ([T]'s public code of 2023)."""
+    """`Typhoon`, fed with the gradient of the training loss: the MLM loss, as in [T]'s public code of 2023, and the
+    distillation term where there is one."""
     wants_gradient = True
 
     def __init__(self, context):
@@ -370,7 +371,8 @@ class TyphoonStrategy(Strategy):
         return {"weight": self.typhoon.weight, "seen": self.typhoon.seen}
 
     def load_state_dict(self, state):
-        self.typhoon.weight, self.typhoon.seen = state["weight"], state["seen"]
+        self.typhoon.weight.copy_(state["weight"])
+        self.typhoon.seen.copy_(state["seen"])
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -136,7 +136,7 @@ class SelfAttention(nn.Module):
         else:
             q = F.linear(rows, self.qkv.weight[:H], self.qkv.bias[:H])  # (B, K, H)
             k, v = F.linear(hidden, self.qkv.weight[H:], self.qkv.bias[H:]).split(H, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, H / heads)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, K or L, d)
         dropout = self.dropout if self.training else 0.0
         if self.fused:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout)

@@ -23,6 +23,7 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import zipfile
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -100,10 +102,10 @@ def corpus_files(names: list[str]) -> list[Path]:
     for name in names:
         if name in WIKITEXT:
             folder = Path("data") / f"{name}-raw"
-            if not folder.is_dir():
+            found = [folder / "wiki.train.raw", folder / "wiki.valid.raw"]
+            if not all(path.is_file() for path in found):
                 url, size, sha256 = WIKITEXT[name]
                 extract(download(url, Path("data") / Path(url).name, size, sha256), Path("data"))
-            found = [folder / "wiki.train.raw", folder / "wiki.valid.raw"]
         elif Path(name).is_dir():
             found = sorted(Path(name).rglob("*.txt"))
         else:
@@ -531,10 +533,10 @@ def pick_device(name: str) -> torch.device:
         kind = next(kind for kind, found in there.items() if found)
     elif kind not in there or (number and not number.isdigit()):
         raise InputError(f"unknown device {name!r}: auto, cpu, cuda, cuda:N or mps")
-    if not there[kind] or (kind == "cuda" and number and int(number) >= torch.cuda.device_count()):
-        raise InputError(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
     if kind == "cuda" and world_size() > 1:
         number = os.environ["LOCAL_RANK"]
+    if not there[kind] or (kind == "cuda" and number and int(number) >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine has none that PyTorch can use; try --device auto")
     return torch.device(f"{kind}:{number}" if number else kind)
 
 
@@ -576,12 +578,13 @@ def prepare_texts(args: Namespace, tokenizer: Tokenizer | None) -> tuple[Tokeniz
 
 
 def reference_args(args: Namespace) -> Namespace:
-    """The run that makes the automatic teacher: this one with random masks and a fixed seed. Its directory is named
+    """The run that makes the automatic teacher: this one with random masks and a seed of its own. Its directory is named
     after what decides its weights, so that the next run finds it."""
-    changed = {"masking": "random", "mask_rate": TEACHER_MASK_RATE, "corruption": [0.8, 0.1, 0.1], "seed": 0,
+    changed = {"masking": "random", "mask_rate": TEACHER_MASK_RATE, "corruption": [0.8, 0.1, 0.1],
+               "seed": 2 ** 32,  # no student's: the same seed would mean the same weights, order and masks
                "steps": args.teacher_steps, "kd_weight": 0.0, "student_init": "random"}
     reference = Namespace(**vars(args) | changed)
-    decides = ("corpus_fraction", "vocab_size", "preset", "seq_len", "steps", "batch_size", "lr", "warmup",
+    decides = ("mask_rate", "corruption", "seed", "corpus_fraction", "vocab_size", "preset", "seq_len", "steps", "batch_size", "lr", "warmup",
                "weight_decay", "clip", "dropout")
     key = [corpus_state(args.corpus), *(getattr(reference, name) for name in decides)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
@@ -717,7 +720,7 @@ class RunDirectory:
         state = {}
         if self.checkpoint_path.exists():
             try:
-                state = torch.load(self.checkpoint_path, map_location=trainer.device, weights_only=True)
+                state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
                 trainer.load_state_dict(state)
             except Exception as error:  # a damaged file can raise nearly anything
                 raise InputError(f"{self.checkpoint_path} is damaged ({type(error).__name__}): delete it, and --resume "
@@ -742,9 +745,10 @@ def new_directory(args: Namespace) -> Path:
 def versions() -> dict[str, str | None]:
     """Python, PyTorch and tokenizers, and this code's commit where git can tell."""
     import tokenizers
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "tokenizers": tokenizers.__version__, "commit": git.stdout.strip() or None}
+            "tokenizers": tokenizers.__version__, "commit": commit or None}
 
 
 def set_up(args: Namespace) -> tuple[Trainer, Texts, Tokenizer, str | None]:
@@ -774,16 +778,13 @@ def set_up(args: Namespace) -> tuple[Trainer, Texts, Tokenizer, str | None]:
 def pretrain(args: Namespace):
     """One run, from text to summary."""
     trainer, held_out, tokenizer, teacher_dir = set_up(args)
-    state, corpus = {}, trainer.texts.digest()
+    run, state = RunDirectory(Path(args.resume) if args.resume else new_directory(args)), {}
     if args.resume:
-        run = RunDirectory(Path(args.resume))
-        if read_json(run.path / "train_args.json").get("windows") != corpus:
+        if read_json(run.path / "train_args.json").get("windows") != trainer.texts.digest():
             raise InputError(f"--resume {run.path}: the corpus is not the one that it was started with: start a new run")
         state = run.restore(trainer)
-    else:
-        run = RunDirectory(new_directory(args))
-        run.write("train_args.json", vars(args) | {"out": str(run.path), "teacher_dir": teacher_dir, "windows": corpus,
-                                                   "versions": versions()})
+    run.write("train_args.json", vars(args) | {"resume": None, "out": str(run.path), "teacher_dir": teacher_dir,
+                                               "windows": trainer.texts.digest(), "versions": versions()})
     say(f"{run.path}: {args.masking} masking of {args.mask_rate:.0%}, {len(trainer.texts):,} windows of {args.seq_len} "
         f"tokens, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {trainer.device}")
     totals, seconds = training_loop(trainer, held_out, run, args, state)
@@ -829,6 +830,8 @@ def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Na
             bar.update()
             if stop:
                 bar.close()
+                if world_size() > 1:
+                    dist.barrier()  # rank 0 has saved
                 say(f"stopped after step {step + 1} and saved; to go on: python train.py --resume {shlex.quote(str(run.path))}")
                 sys.exit(128 + stop)
     return totals, time.perf_counter() - began
@@ -875,7 +878,7 @@ def make_parser() -> Parser:
     add("--typhoon-spread", type=float, default=0.4, help="the lowest rate is 1 - spread times the highest")
     add("--typhoon-ema", type=float, default=0.8, help="weight of the new value in the moving average")
     add("--teacher", help="model for entropy masking and distillation (default: trained first, and kept)")
-    add("--teacher-steps", type=int, default=2600, help="steps of the teacher that is trained first")
+    add("--teacher-steps", type=int, default=2300, help="steps of the teacher that is trained first")
     add("--kd-weight", type=float, default=0.0, help="alpha: share of the distillation term in the loss")
     add("--kd-temperature", type=float, default=2.0, help="T: softens teacher and student")
     add("--kd-start", type=float, default=0.0, help="distil after this fraction of the steps")
@@ -887,7 +890,7 @@ def make_parser() -> Parser:
     add("--preset", default="tiny", help=f"size of a fresh model: {', '.join(PRESETS)}")
     add("--init", help="start from this model instead: a run, a Hugging Face directory or a hub name")
     add("--dropout", type=float, default=0.0, help="0 suits short runs from scratch; BERT has 0.1")
-    add("--steps", type=int, default=1700, help="optimizer steps")
+    add("--steps", type=int, default=1500, help="optimizer steps")
     add("--batch-size", type=int, default=8, help="windows an optimizer step, over all ranks")
     add("--accumulate", type=int, default=1, help="micro-batches that a rank cuts its share into")
     add("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
@@ -901,7 +904,7 @@ def make_parser() -> Parser:
     add("--out", help="run directory (default: runs/MASKING, or the first free runs/MASKING-N)")
     add("--resume", metavar="RUN", help="go on with this run, with its own arguments")
     add("--log-every", type=int, default=100, metavar="STEPS")
-    add("--eval-every", type=int, default=500, metavar="STEPS")
+    add("--eval-every", type=int, default=1000, metavar="STEPS")
     add("--save-every", type=int, default=500, metavar="STEPS")
     return parser
 
@@ -950,6 +953,7 @@ def check(args: Namespace):
     for name in ("strategy_start", "kd_start", "kd_weight", "warmup", "dropout", "typhoon_spread", "typhoon_ema"):
         value = getattr(args, name)
         require(value is None or 0 <= value <= 1, f"--{name.replace('_', '-')} {value} is not in 0 to 1")
+    require(args.typhoon_spread < 1, "--typhoon-spread 1 would leave types that are never masked: choose less")
     require(0 < args.corpus_fraction <= 1, f"--corpus-fraction {args.corpus_fraction} is not above 0 and at most 1")
     for name in ("steps", "teacher_steps", "batch_size", "accumulate", "log_every", "eval_every", "save_every"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)} is not at least 1")
@@ -976,7 +980,11 @@ def check(args: Namespace):
 def main(argv=None):
     args = parse_args(argv)
     if world_size() > 1:
-        dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
+        device = pick_device(args.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        patience = timedelta(hours=6)  # the others wait while rank 0 tokenises a large corpus
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         pretrain(args)
     except torch.cuda.OutOfMemoryError:
