@@ -8,17 +8,14 @@ batch of sentence pairs in answers.safetensors.
 from pathlib import Path
 
 import torch
-import transformers
-from safetensors.torch import save_file
 
 SIZES = {"bert": dict(vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24,
                       max_position_embeddings=32, initializer_range=0.2),
          "distilbert": dict(vocab_size=60, dim=16, n_layers=3, n_heads=4, hidden_dim=24, max_position_embeddings=32,
                             initializer_range=0.2)}
-CLASSES = {("bert", "mlm"): transformers.BertForMaskedLM,
-           ("bert", "classification"): transformers.BertForSequenceClassification,
-           ("distilbert", "mlm"): transformers.DistilBertForMaskedLM,
-           ("distilbert", "classification"): transformers.DistilBertForSequenceClassification}
+CLASSES = {("bert", "mlm"): "BertForMaskedLM", ("bert", "classification"): "BertForSequenceClassification",
+           ("distilbert", "mlm"): "DistilBertForMaskedLM",
+           ("distilbert", "classification"): "DistilBertForSequenceClassification"}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -32,9 +29,11 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def record(kind: str, head: str, folder: Path):
+    import transformers  # only here: the tests read `inputs` where it is not installed
+    from safetensors.torch import save_file
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, num_labels=3, **SIZES[kind])
-    model = CLASSES[kind, head](config).eval()
+    model = getattr(transformers, CLASSES[kind, head])(config).eval()
     for p in model.parameters():  # biases and LayerNorms too, so that a lost one shows
         p.data += 0.1 * torch.randn_like(p)
     model.save_pretrained(folder)
