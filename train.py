@@ -707,6 +707,7 @@ class RunDirectory:
                 file.write(json.dumps(fields) + "\n")
 
     def save(self, trainer: Trainer, **state):
+        """Writes checkpoint.pt, whole or not at all: the trainer's state, `state`, and the log's length in bytes."""
         if rank() == 0:
             buffer = io.BytesIO()
             with open(self.log_path, "a", encoding="utf-8") as file:
