@@ -75,9 +75,9 @@ def whole_word_mask(maskable: Tensor, continuation: Tensor, rate: float,
     wanted = rate * start.sum(1)  # (B,)
     k = (wanted + uniform(wanted, generator)).floor().long().clamp(min=1)
     drawn = top_k(uniform(maskable, generator), start, k)  # (B, L), the first pieces of the drawn words
-    word = (start.cumsum(1) - 1).clamp(min=0)  # (B, L), on every piece the number of its word
-    is_drawn = torch.zeros_like(word).scatter_add(1, word, drawn.long())  # (B, L), by word number
-    return is_drawn.gather(1, word).bool() & maskable
+    column = torch.arange(start.shape[1], device=start.device)
+    first = torch.where(start, column, 0).cummax(1).values  # (B, L), on every piece the column where its word begins
+    return drawn.gather(1, first) & maskable
 
 
 # --- entropy ---------------------------------------------------------------------------------------------------------

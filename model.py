@@ -87,6 +87,19 @@ class BertConfig:
 
 # --- the encoder -----------------------------------------------------------------------------------------------------
 
+class Dropout(nn.Dropout):
+    """nn.Dropout. A CPU has no quick source of coins, and tossing one for every entry takes a sixth of a small model's
+    step; so there four coins share a draw of 64 bits, and the probability is a multiple of 1 / 2¹⁶."""
+
+    def forward(self, x):
+        drop = round(self.p * 2 ** 16)
+        if not self.training or x.device.type != "cpu" or drop in (0, 2 ** 16):
+            return super().forward(x)
+        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2 ** 63, None)
+        coins = bits.view(torch.int16)[:x.numel()].view(x.shape)  # uniform from −2¹⁵ to 2¹⁵ − 1
+        return x * (coins >= drop - 2 ** 15).to(x.dtype).mul_(2 ** 16 / (2 ** 16 - drop))
+
+
 class Embeddings(nn.Module):
     """Word + position + token-type embeddings, normalised (BERT §3, figure 2)."""
 
@@ -98,7 +111,7 @@ class Embeddings(nn.Module):
         types = config.type_vocab_size if config.model_type == "bert" else 0
         self.token_type_embeddings = nn.Embedding(types, H) if types else None
         self.LayerNorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, token_type_ids=None, inputs_embeds=None):
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, L, H)
@@ -115,15 +128,15 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, §3.2): softmax(Q Kᵀ / √d) V in each head, then a projection.
 
-    `fused` chooses PyTorch's fused kernel over the formula written out; they agree (tests/test_model.py).
-    """
+    `fused` chooses PyTorch's fused kernel over the formula written out; they agree (tests/test_model.py). On a CPU that
+    kernel has no dropout."""
     fused = True
 
     def __init__(self, config: BertConfig):
         super().__init__()
         H = config.hidden_size
         self.heads = config.num_attention_heads
-        self.dropout = config.attention_probs_dropout_prob
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.qkv = nn.Linear(H, 3 * H)
         self.output = nn.Linear(H, H)
 
@@ -137,14 +150,14 @@ class SelfAttention(nn.Module):
             q = F.linear(rows, self.qkv.weight[:H], self.qkv.bias[:H])  # (B, K, H)
             k, v = F.linear(hidden, self.qkv.weight[H:], self.qkv.bias[H:]).split(H, dim=-1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, K or L, d)
-        dropout = self.dropout if self.training else 0.0
-        if self.fused:
+        dropout = self.dropout.p if self.training else 0.0
+        if self.fused and not (dropout and hidden.device.type == "cpu"):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, heads, K, L)
             if key_mask is not None:
                 scores = scores.masked_fill(~key_mask, -math.inf)
-            mixed = F.dropout(scores.softmax(dim=-1), dropout) @ v
+            mixed = self.dropout(scores.softmax(dim=-1)) @ v
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, K, H)
 
 
@@ -159,7 +172,7 @@ class Block(nn.Module):
         self.intermediate = nn.Linear(H, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, H)
         self.output_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden, key_mask=None, rows=None):
         """(B, L, H) -> (B, L, H), or with rows (B, K) -> (B, K, H): the block's output at those columns alone.
@@ -256,7 +269,7 @@ class BertForSequenceClassification(nn.Module):
         super().__init__()
         self.config = config
         self.bert = Bert(config, pooler=True)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, num_labels)
         init_weights(self.classifier, config)
 

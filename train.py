@@ -391,9 +391,10 @@ class Trainer:
             logits = self.parallel(inputs_embeds=words, **inputs)  # (N, V)
             with torch.no_grad():
                 teacher_logits = self.teacher(corrupted, **inputs) if kd_weight else None
-            loss = logits.sum()  # of nothing, where nothing is masked
             if len(logits):
                 loss = kd_loss(logits, teacher_logits, labels[mask], kd_weight, recipe.kd_temperature) * len(logits)
+            else:
+                loss = logits.sum()  # nothing is masked: zero, with a gradient for every parameter
         (loss * world_size() / masked_in_all).backward()  # ranks are averaged; every masked token counts the same
         if self.strategy.wants_gradient:
             self.strategy.observe(batch, mask, words.grad / world_size())

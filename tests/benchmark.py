@@ -8,6 +8,7 @@ Parts: steps, masking, memory, finetuning (wants $GLUE_DIR), gpu (wants CUDA). W
 said so. A ratio above 1 means that ours is faster, or that a strategy costs more than random masking.
 """
 import argparse
+import itertools
 import os
 import platform
 import resource
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import glue
 import masking
 import train
-from model import BertConfig, BertForMaskedLM, BertForSequenceClassification, config_to_hf, to_hf
+from model import BertConfig, BertForMaskedLM, BertForSequenceClassification, config_to_hf, from_hf, to_hf
 
 try:
     import transformers
@@ -103,32 +104,6 @@ def ordinary_step(model, loss_of, bf16, device):
     return step
 
 
-def steps(device="cpu"):
-    """The MLM step: ours (head and last block on masked rows only) against the reference."""
-    for name, (preset, vocab_size) in SIZES.items():
-        texts = random_texts(vocab_size, ROWS, LENGTH, device)
-        batch = texts.batch(torch.arange(ROWS, device=device))
-        mask = masking.random_mask(batch.maskable, RATE)
-        ids, labels = masking.corrupt(batch.input_ids, mask, 4, vocab_size, special_ids=texts.vocab.special_ids)
-        ours, theirs = pair(preset, vocab_size, 0.0)
-        if theirs is None:
-            yield f"MLM step, {name}", "transformers is not installed", ""
-            continue
-
-        def our_loss(model):
-            return F.cross_entropy(model(ids, positions=mask), labels[mask])
-
-        def their_loss(model):
-            return model(input_ids=ids, labels=labels).loss
-
-        torch.testing.assert_close(our_loss(ours), their_loss(theirs), atol=1e-4, rtol=1e-4)
-        ours, theirs = pair(preset, vocab_size, 0.1)
-        fp32, bf16, reference = alternate(*(ordinary_step(*job, device) for job in (
-            (ours, our_loss, False), (ours, our_loss, True), (theirs, their_loss, False))))
-        yield f"MLM step, {name}: reference / ours", f"{reference / fp32:.1f}×", f"{reference * 1e3:.0f} / {fp32 * 1e3:.0f} ms"
-        yield "the same, ours in bf16 autocast", f"{reference / bf16:.1f}×", f"{reference * 1e3:.0f} / {bf16 * 1e3:.0f} ms"
-
-
 def forward_flops(config: BertConfig, tokens: int, rows: int) -> float:
     """Matrix products of a forward pass over `tokens` whose last block and head answer for `rows` of them."""
     H, inner = config.hidden_size, config.intermediate_size
@@ -136,6 +111,57 @@ def forward_flops(config: BertConfig, tokens: int, rows: int) -> float:
     keys_and_values = 4 * H * H
     return (config.num_hidden_layers * tokens * keys_and_values + (config.num_hidden_layers - 1) * tokens * asking
             + rows * (asking + 2 * H * (H + config.vocab_size)))
+
+
+def matmul_peak(n: int, dtype: torch.dtype, device="cpu") -> float:
+    """FLOP/s of an n × n × n matrix product, measured here and now."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds, = alternate(lambda: a @ b)
+    return 2 * n ** 3 / seconds
+
+
+class Duel:
+    """One batch, masked, and the two ways to a loss on it."""
+
+    def __init__(self, vocab_size, rows, device="cpu"):
+        texts = random_texts(vocab_size, rows, LENGTH, device)
+        batch = texts.batch(torch.arange(rows, device=device))
+        self.mask = masking.random_mask(batch.maskable, RATE)
+        self.ids, self.labels = masking.corrupt(batch.input_ids, self.mask, 4, vocab_size,
+                                                special_ids=texts.vocab.special_ids)
+
+    def ours(self, model):
+        return F.cross_entropy(model(self.ids, positions=self.mask).float(), self.labels[self.mask])
+
+    def theirs(self, model):
+        return model(input_ids=self.ids, labels=self.labels).loss
+
+    def flops(self, config) -> tuple[float, float]:
+        """Of a step, ours and the reference's: a backward pass is two forward ones."""
+        tokens = self.ids.numel()
+        return tuple(3 * forward_flops(config, tokens, rows) for rows in (int(self.mask.sum()), tokens))
+
+
+def steps():
+    """The MLM step: ours (head and last block on masked rows only) against the reference, dropout 0.1 on both sides."""
+    if transformers is None:
+        yield "MLM step: reference / ours", "not measured", "transformers is not installed"
+        return
+    top, half = (matmul_peak(2048, dtype) for dtype in (torch.float32, torch.bfloat16))
+    yield "matrix product, 2,048³, fp32 · bf16", f"{top / 1e9:.0f} · {half / 1e9:.0f} GFLOP/s", ""
+    for name, (preset, vocab_size) in SIZES.items():
+        duel = Duel(vocab_size, ROWS)
+        ours, theirs = pair(preset, vocab_size, 0.0)
+        torch.testing.assert_close(duel.ours(ours), duel.theirs(theirs), atol=1e-4, rtol=1e-4)
+        ours, theirs = pair(preset, vocab_size, 0.1)
+        jobs = [(ours, duel.ours, False), (theirs, duel.theirs, False)] + [(ours, duel.ours, True)] * (half > top)
+        mine, reference, *rest = alternate(*(ordinary_step(*job, "cpu") for job in jobs))
+        needed, reference_flops = duel.flops(ours.config)
+        yield f"MLM step, {name}: reference / ours", f"{reference / mine:.1f}×", \
+            f"{reference * 1e3:.0f} / {mine * 1e3:.0f} ms; FLOPs {reference_flops / needed:.1f}×; " \
+            f"share of the matrix peak {reference_flops / reference / top:.0%}, ours {needed / mine / top:.0%}"
+        yield "the same, ours in bf16 autocast", f"{reference / rest[0]:.1f}×" if rest else "not measured", \
+            f"{reference * 1e3:.0f} / {rest[0] * 1e3:.0f} ms" if rest else "no bf16 unit in this CPU: see the first row"
 
 
 def self_entropy_floor(config: BertConfig, tokens: int, masked: int) -> float:
@@ -194,15 +220,17 @@ def collator():
     batch = texts.batch(torch.arange(ROWS))
     pieces = [Pieces(8192).id_to_token(i) for i in range(8192)]
     tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)})
-    collate = transformers.DataCollatorForLanguageModeling(tokenizer, whole_word_mask=True, mlm_probability=RATE)
+    collate = transformers.DataCollatorForLanguageModeling(  # it does not swap words where it masks whole ones
+        tokenizer, whole_word_mask=True, mlm_probability=RATE, mask_replace_prob=1.0, random_replace_prob=0.0)
     rows = batch.input_ids.tolist()
     examples = [{"input_ids": row, "offset_mapping": offsets(row, pieces)} for row in rows]
 
     def ours():
         mask = masking.whole_word_mask(batch.maskable, texts.vocab.continuation[batch.input_ids], RATE)
-        masking.corrupt(batch.input_ids, mask, 4, 8192, special_ids=texts.vocab.special_ids)
+        masking.corrupt(batch.input_ids, mask, 4, 8192, (1, 0, 0))
 
-    mine, theirs = alternate(ours, lambda: collate([dict(example) for example in examples]))
+    mine, theirs = alternate(ours, lambda: collate([dict(example) for example in examples]),
+                             rounds=50)
     yield "whole-word masking of 32 × 128, reference collator / ours", f"{theirs / mine:.0f}×", \
         f"{theirs * 1e3:.1f} / {mine * 1e3:.2f} ms"
 
@@ -247,13 +275,12 @@ def finetuning(device="cpu"):
     theirs.load_state_dict(to_hf(ours))
     data = glue.encode(examples, tokenizer, 128)
     dev = {key: glue.encode(part, tokenizer, 128) for key, part in dev.items()}
-    longest = int(data.lengths.max())
     optimizers = [train.make_optimizer(model, 5e-5, 0.01) for model in (ours, theirs)]
 
     def our_epoch():
         batches = glue.bucketed_batches(data.lengths, 16, np.random.default_rng(0))
         with glue.tqdm(disable=True) as bar:
-            glue.train_epoch(ours, data, batches, optimizers[0], iter([5e-5] * len(batches)), bar)
+            glue.train_epoch(ours, data, batches, optimizers[0], enumerate(itertools.repeat(5e-5), 1), bar)
 
     def their_epoch():
         theirs.train()
@@ -267,39 +294,46 @@ def finetuning(device="cpu"):
             optimizers[1].step()
 
     mine, reference = alternate(our_epoch, their_epoch, rounds=3, warmup=0)
+    scores = [glue.score(glue.evaluate("mrpc", ours, dev)[0])]
+    from_hf(ours, theirs.state_dict(), "the reference")
+    scores.append(glue.score(glue.evaluate("mrpc", ours, dev)[0]))
     yield "fine-tuning, 1,024 pairs of MRPC, 4/256: reference / ours", f"{reference / mine:.1f}×", \
-        f"{reference:.1f} / {mine:.1f} s, longest pair {longest} tokens"
-
-
-def matmul_peak(device="cuda") -> float:
-    """FLOP/s of a large bf16 matrix product, measured here and now."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds, = alternate(lambda: a @ b)
-    return 2 * 8192 ** 3 / seconds
+        f"{reference:.1f} / {mine:.1f} s; score after three epochs {scores[1]:.3f} / {scores[0]:.3f}"
 
 
 def gpu():
     if not torch.cuda.is_available():
         yield "GPU rows", "not measured", "no CUDA device here: python tests/benchmark.py gpu"
         return
-    top = matmul_peak()
+    top, rows = matmul_peak(8192, torch.bfloat16, "cuda"), 256
+    tokens = rows * LENGTH
     yield "GPU: bf16 matrix product, 8,192³", f"{top / 1e12:.0f} TFLOP/s", torch.cuda.get_device_name()
+    duel = Duel(30522, rows, "cuda")
+    ours, theirs = pair("base", 30522, 0.1, "cuda")
+    eager = ordinary_step(ours, duel.ours, True, "cuda")
+    if theirs:
+        mine, reference = alternate(eager, ordinary_step(theirs, duel.theirs, True, "cuda"))
+        yield "GPU: MLM step, base, bf16: reference / ours, both eager", f"{reference / mine:.1f}×", \
+            f"{reference * 1e3:.0f} / {mine * 1e3:.0f} ms"
+    ours.bert.compile()
+    ours.head.compile()
+    compiled, = alternate(eager, warmup=8)
+    needed, _ = duel.flops(ours.config)
+    yield "GPU: MLM step, base, bf16, compiled: share of the matrix peak", f"{needed / compiled / top:.0%}", \
+        f"{compiled * 1e3:.0f} ms, {needed / 1e12:.1f} TFLOP"
     for preset in ("tiny", "mini", "small", "medium", "base"):
         for strategy in masking.STRATEGIES:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            trainer = make_trainer(strategy, preset, 30522, "cuda", bf16=True, rows=256)
+            trainer = make_trainer(strategy, preset, 30522, "cuda", bf16=True, rows=rows)
             eager, = alternate(step_of(trainer))
+            memory_used = torch.cuda.max_memory_allocated() / 2 ** 30
             trainer.model.bert.compile()
             trainer.model.head.compile()
             compiled, = alternate(step_of(trainer), warmup=8)
             alone, = alternate(masking_alone(trainer))
-            tokens, memory_used = 256 * LENGTH, torch.cuda.max_memory_allocated() / 2 ** 30
-            yield f"GPU {preset}, {strategy}: tokens/s, eager and compiled", f"{tokens / eager:,.0f} · {tokens / compiled:,.0f}", \
-                f"{memory_used:.1f} GiB; masking {alone / compiled:.1%} of a step"
-            if strategy == "random":
-                k = round(RATE * (LENGTH - 2)) * 256
-                flops = 3 * forward_flops(trainer.model.config, tokens, k)
-                yield f"GPU {preset}: share of the matrix peak", f"{flops / compiled / top:.0%}", f"{flops / 1e12:.2f} TFLOP a step"
+            yield f"GPU {preset}, {strategy}: tokens/s, eager · compiled", f"{tokens / eager:,.0f} · {tokens / compiled:,.0f}", \
+                f"{memory_used:.1f} GiB; masking {alone / compiled:.1%} of a compiled step"
 
 
 PARTS = {"steps": steps, "masking": masking_part, "memory": memory, "finetuning": finetuning, "gpu": gpu}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model import (Bert, BertConfig, BertForMaskedLM, InputError, RunError, SelfAttention, columns,
+from model import (Bert, BertConfig, BertForMaskedLM, Dropout, InputError, RunError, SelfAttention, columns,
                    find_pretrained, load_pretrained, read_safetensors, save_pretrained, to_hf, wordpiece_tokenizer,
                    write_atomic, write_safetensors)
 from record_reference import inputs
@@ -85,6 +85,29 @@ def test_attention_by_hand():
         linear.weight.data, linear.bias.data = torch.ones(rows, 1), torch.zeros(rows)
     got = attention(torch.tensor([[[1.0], [2.0]]]))[0, 0, 0].item()
     assert got == pytest.approx((math.e * 1 + math.e ** 2 * 2) / (math.e + math.e ** 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_its_share_and_scales_the_rest(p):
+    torch.manual_seed(0)
+    x = torch.full((1001, 37), 3.0, requires_grad=True)
+    y = Dropout(p)(x)
+    y.sum().backward()
+    dropped = y == 0
+    torch.testing.assert_close(y[~dropped], torch.full_like(y[~dropped], 3 / (1 - p)), atol=0, rtol=1e-4)
+    torch.testing.assert_close(x.grad, y.detach() / 3)
+    assert abs(dropped.float().mean() - p) < 4 * math.sqrt(p * (1 - p) / x.numel())
+    ahead = dropped.flatten()[:-1] & dropped.flatten()[1:]  # neighbours share a draw, and fall independently
+    assert abs(ahead.float().mean() - p * p) < 5 * math.sqrt(p * p / x.numel())
+    rows = dropped.flatten()[:x.numel() // 4 * 4].view(-1, 4).float().mean(0)  # each of the four coins of a draw
+    assert ((rows - p).abs() < 5 * math.sqrt(4 * p * (1 - p) / x.numel())).all()
+
+
+@pytest.mark.parametrize("p, kept", [(0.0, 1.0), (1.0, 0.0)])
+def test_dropout_of_nothing_and_of_everything(p, kept):
+    x = torch.ones(5, 3)
+    torch.testing.assert_close(Dropout(p)(x), kept * x)
+    torch.testing.assert_close(Dropout(p).eval()(x), x)
 
 
 @pytest.mark.parametrize("padded", [False, True])
