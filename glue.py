@@ -584,7 +584,7 @@ def frozen_teacher(mlm: nn.Module, tokenizer, args: Namespace) -> nn.Module:
     """--teacher, or else the model before it is adapted; frozen. Raises InputError on another vocabulary."""
     if not args.teacher:
         return copy.deepcopy(mlm).eval().requires_grad_(False)
-    teacher, its_tokenizer = load_pretrained(args.teacher, "mlm")
+    teacher, its_tokenizer = load_pretrained(args.teacher, "mlm", whole=True)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise InputError(f"--teacher has {its_tokenizer.get_vocab_size():,} word pieces, --model "
                          f"{tokenizer.get_vocab_size():,}, and they are not the same: choose another --teacher")

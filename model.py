@@ -322,8 +322,9 @@ def hf_names(name: str, model_type: str) -> tuple[str, ...]:
     return (name.replace("bert.", model_type + ".", 1),)
 
 
-def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str):
-    """Copies a Hugging Face state dict into `model`, in place; logs what was missing and what nobody used.
+def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[str]:
+    """Copies a Hugging Face state dict into `model`, in place; logs what was missing and what nobody used. Returns the
+    names of what was missing.
 
     Takes LayerNorms called gamma and beta, and encoders saved without their `bert.` prefix. Raises InputError on a
     shape that does not fit, an encoder weight that is missing, or a decoder that is not tied."""
@@ -356,6 +357,7 @@ def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str):
         log.warning("%s: not found, freshly initialised: %s", source, ", ".join(missing))
     if unused:
         log.warning("%s: not used: %s", source, ", ".join(unused[:6]) + (", ..." if len(unused) > 6 else ""))
+    return missing
 
 
 def to_hf(model: nn.Module) -> dict[str, Tensor]:
@@ -569,13 +571,13 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
-                    dropout: float | None = None) -> tuple[nn.Module, Tokenizer]:
+def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None, dropout: float | None = None,
+                    whole: bool = False) -> tuple[nn.Module, Tokenizer]:
     """Reads a BERT or DistilBERT: a run of ours, a Hugging Face directory or a hub name.
 
     head: "mlm" or "classification"; num_labels defaults to the checkpoint's, or 2; dropout replaces both of the
     checkpoint's. Logs the weights it could not find (the head's are then freshly initialised) and those it did not
-    use. Raises InputError."""
+    use. whole: the head must be there, for a teacher without one would teach noise. Raises InputError."""
     directory = find_pretrained(str(name_or_dir))
     if not (directory / "config.json").exists():
         raise InputError(f"{directory} has no config.json: is it a model directory?")
@@ -587,11 +589,17 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
         raise InputError(f"{directory}: the tokenizer has {pieces:,} word pieces, the model {config.vocab_size:,}: "
                          "they do not belong together")
     weights = read_weights(directory)
-    if head == "mlm":
-        model = BertForMaskedLM(config)
-    else:
-        model = BertForSequenceClassification(config, num_labels or len(weights.get("classifier.bias", (0, 1))))
-    from_hf(model, weights, str(directory))
+    if config.num_hidden_layers > len(weights):
+        raise InputError(f"{directory}: config.json asks for {config.num_hidden_layers:,} layers, more than it has weights")
+    try:
+        if head == "mlm":
+            model = BertForMaskedLM(config)
+        else:
+            model = BertForSequenceClassification(config, num_labels or len(weights.get("classifier.bias", (0, 1))))
+    except RuntimeError:  # PyTorch's for memory
+        raise InputError(f"{directory}: config.json asks for a model that no memory holds: copy it again") from None
+    if from_hf(model, weights, str(directory)) and whole:
+        raise InputError(f"{directory} has no whole masked-LM head: a teacher needs one")
     return model, tokenizer
 
 

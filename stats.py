@@ -277,6 +277,9 @@ def read_run(path: Path) -> dict:
         raise InputError("not a run of glue.py")
     if not all(is_dev_set(run[name]) for name in DEV_SETS if name in run):
         raise InputError("its dev predictions are damaged")
+    baseline = run.get("baseline", {"accuracy": 0.0})  # glue.py's constant answer
+    if not isinstance(baseline, dict) or not baseline or not all(isinstance(n, (int, float)) for n in baseline.values()):
+        raise InputError("its baseline is damaged")
     if "@" in run["strategy"]:  # as Run.command labels it: one checkpoint a seed, one model in the report
         run["strategy"], run["model"] = run["strategy"].split("@", 1)
     return run
@@ -459,7 +462,8 @@ def better(pair: dict) -> str:
 
 
 def analyse(folder: Path, epoch: str = "last", effect: float | None = None, resamples: int = 1000) -> dict:
-    """Everything a report says, as data: notes, cells (mean and sd of each metric), pairs, verdict."""
+    """Everything a report says, as data: notes, cells (mean and sd of each metric), pairs, verdict, and what the constant
+    answer scores on each task."""
     runs, notes = read_runs(folder, epoch)
     table = tabulate(runs)
     notes += settings_notes(table)
@@ -484,8 +488,10 @@ def analyse(folder: Path, epoch: str = "last", effect: float | None = None, resa
             statistics = {name: mean_sd(values) for name, values in (columns | {"score": seeds.values()}).items()}
             cells.append({"task": task, "model": model, "strategy": strategy, "seeds": list(seeds),
                           "metrics": statistics})
+    constants = {task: run["baseline"] | {"score": glue.score(run["baseline"])} for (task, _), strategies in table.items()
+                 for seeds in strategies.values() for run in seeds.values() if "baseline" in run}
     return {"runs": len(runs), "epoch": epoch, "effect": effect, "verdict": verdict(pairs), "notes": notes,
-            "cells": cells, "pairs": pairs}
+            "cells": cells, "pairs": pairs, "constants": constants}
 
 
 # --- the report as text ----------------------------------------------------------------------------------------------
@@ -521,17 +527,20 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
-def cell_table(cells: list[dict]) -> str:
+def cell_table(cells: list[dict], constant: dict | None) -> str:
+    """A row per strategy, a column per metric, and last what the constant answer scores."""
     names = list(cells[0]["metrics"])
     if len(names) == 2:  # one metric, which is the score
         names = names[1:]
-    return markdown_table(["strategy", "n", *names],
-                          [[cell["strategy"], str(len(cell["seeds"])),
-                            *(f"{show(mean)} ± {show(sd)}" for mean, sd in map(cell["metrics"].get, names))]
-                           for cell in cells])
+    rows = [[cell["strategy"], str(len(cell["seeds"])),
+             *(f"{show(mean)} ± {show(sd)}" for mean, sd in map(cell["metrics"].get, names))] for cell in cells]
+    if constant:
+        rows.append(["the constant answer", "", *(show(constant.get(name, math.nan)) for name in names)])
+    return markdown_table(["strategy", "n", *names], rows)
 
 
 def pair_table(pairs: list[dict], effect: float | None) -> str:
+    """A row per comparison."""
     header = ["strategy − baseline", "n", "difference", "95% t interval", "multi-bootstrap", "t", "p", "sign-flip p",
               "Holm p", "d_z", "MDE"]
     rows = [[f"{pair['strategy']} − {pair['baseline']}", str(pair["n"]), show(pair["mean"], "+"),
@@ -576,7 +585,7 @@ def to_markdown(report: dict) -> str:
     for task, model in dict.fromkeys((cell["task"], cell["model"]) for cell in report["cells"]):
         pairs = [pair for pair in report["pairs"] if (pair["task"], pair["model"]) == (task, model)]
         cells = [cell for cell in report["cells"] if (cell["task"], cell["model"]) == (task, model)]
-        parts += [f"## {task}, {model}", cell_table(cells)]
+        parts += [f"## {task}, {model}", cell_table(cells, report["constants"].get(task))]
         if any(len(cell["seeds"]) == 1 for cell in cells):
             parts.append("One seed has no sd and gives no interval and no test.")
         if pairs:

@@ -472,8 +472,6 @@ def cached_entropies(teacher: BertForMaskedLM, texts: Texts, args: Namespace, bf
 
 # --- the yardstick ---------------------------------------------------------------------------------------------------
 
-
-
 def yardstick_masks(texts: Texts) -> list[tuple[Batch, Tensor]]:
     """The held-out exam, the same for every strategy: random positions from a fixed seed."""
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
@@ -614,38 +612,33 @@ def say(text: str):
         tqdm.write(text)
 
 
-def check_vocab(args: Namespace, teacher: Tokenizer | None, init: Tokenizer | None):
-    """Teacher and student share a vocabulary. Raises InputError, naming both sizes, where they cannot."""
-    fixed = teacher or init
-    if fixed and args.vocab_size and fixed.get_vocab_size() != args.vocab_size:
-        raise InputError(f"{'teacher' if teacher else '--init'} has {fixed.get_vocab_size():,} word pieces, student "
-                         f"{args.vocab_size:,}: drop --vocab-size or choose another --{'teacher' if teacher else 'init'}")
-    if teacher and init and teacher.get_vocab() != init.get_vocab():
-        raise InputError(f"teacher has {teacher.get_vocab_size():,} word pieces, --init {init.get_vocab_size():,}, and "
-                         "they are not the same: choose another --teacher or --init")
-
-
-def check_shapes(args: Namespace, teacher: BertForMaskedLM | None, init: BertForMaskedLM | None):
-    """What a given teacher and --init must be able to do, before the corpus is read. Raises InputError."""
-    for name, model in (("--teacher", teacher), ("--init", init)):
+def check_given(args: Namespace, teacher: BertForMaskedLM | None, teacher_pieces: Tokenizer | None,
+                init: BertForMaskedLM | None, init_pieces: Tokenizer | None):
+    """What --teacher and --init must have in common with each other and with the options, before the corpus is read.
+    Raises InputError."""
+    for name, model, pieces in (("--teacher", teacher, teacher_pieces), ("--init", init, init_pieces)):
+        if model and args.vocab_size not in (None, size := pieces.get_vocab_size()):
+            raise InputError(f"{name} has {size:,} word pieces, student {args.vocab_size:,}: drop --vocab-size or choose "
+                             f"another {name}")
         if model and model.config.max_position_embeddings < args.seq_len:
             raise InputError(f"{name} has {model.config.max_position_embeddings} positions: lower --seq-len")
-    if teacher and init and teacher.config.vocab_size != init.config.vocab_size:
-        raise InputError(f"the teacher predicts {teacher.config.vocab_size:,} word pieces, --init "
-                         f"{init.config.vocab_size:,}: choose another --teacher or --init")
+    if teacher and init:
+        if teacher_pieces.get_vocab() != init_pieces.get_vocab():
+            raise InputError(f"teacher has {teacher_pieces.get_vocab_size():,} word pieces, --init "
+                             f"{init_pieces.get_vocab_size():,}, and they are not the same: choose another of the two")
+        if teacher.config.vocab_size != init.config.vocab_size:
+            raise InputError(f"the teacher predicts {teacher.config.vocab_size:,} word pieces, --init "
+                             f"{init.config.vocab_size:,}: choose another of the two")
     if teacher and args.student_init != "random":
-        build_model(args, None, teacher)
+        build_model(args, init, teacher, teacher.config.vocab_size)
 
 
-def build_model(args: Namespace, tokenizer: Tokenizer, teacher: BertForMaskedLM | None) -> BertForMaskedLM:
-    """The student: --init's weights or a fresh preset, then what --student-init copies from the teacher."""
+def build_model(args: Namespace, init: BertForMaskedLM | None, teacher: BertForMaskedLM | None,
+                vocab_size: int) -> BertForMaskedLM:
+    """The student: --init's model or a fresh preset, then what --student-init copies from the teacher."""
     torch.manual_seed(args.seed)
-    if args.init:
-        model = load_pretrained(args.init, head="mlm", dropout=args.dropout)[0]
-    else:
-        size = teacher.config.vocab_size if teacher else tokenizer.get_vocab_size()
-        model = BertForMaskedLM(BertConfig.preset(args.preset, vocab_size=size, hidden_dropout_prob=args.dropout,
-                                                  attention_probs_dropout_prob=args.dropout))
+    model = init or BertForMaskedLM(BertConfig.preset(args.preset, vocab_size=vocab_size, hidden_dropout_prob=args.dropout,
+                                                      attention_probs_dropout_prob=args.dropout))
     if args.student_init != "random":
         init_student(model, teacher, args.student_init)
     return model
@@ -682,10 +675,13 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def agreed(self, device: torch.device) -> int:
-        """The signal that any rank has received, 0 for none; the same on every rank."""
+    def agreed(self, step: int, device: torch.device) -> int:
+        """The signal that any rank has received, 0 for none; the same on every rank. Ranks ask one another every tenth
+        step, for they have to wait for the answer."""
         if world_size() == 1:
             return self.number
+        if step % 10:
+            return 0
         number = torch.tensor(self.number, device=device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return int(number)
@@ -757,13 +753,16 @@ def set_up(args: Namespace) -> tuple[Trainer, Texts, Tokenizer, str | None]:
     """Everything a run needs before its first step: (trainer, held-out texts, tokenizer, the teacher's directory)."""
     device = pick_device(args.device)
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
-    models, given = zip(*(load_pretrained(name, head="mlm") if name else (None, None) for name in (args.teacher, args.init)))
-    check_vocab(args, *given)
-    check_shapes(args, *models)
+    torch.manual_seed(args.seed)  # of a head that --init may lack
+    init, init_pieces = load_pretrained(args.init, "mlm", dropout=args.dropout) if args.init else (None, None)
+    teacher, teacher_pieces = load_pretrained(args.teacher, "mlm", whole=True) if args.teacher else (None, None)
+    check_given(args, teacher, teacher_pieces, init, init_pieces)
     teacher_dir = find_teacher(args)
-    tokenizer, arrays = prepare_texts(args, given[1] or given[0])
-    teacher = load_pretrained(teacher_dir, head="mlm")[0].to(device).eval().requires_grad_(False) if teacher_dir else None
-    model = build_model(args, tokenizer, teacher).to(device)
+    tokenizer, arrays = prepare_texts(args, init_pieces or teacher_pieces)
+    if teacher_dir:
+        teacher = teacher or load_pretrained(teacher_dir, "mlm", whole=True)[0]
+        teacher.to(device).eval().requires_grad_(False)
+    model = build_model(args, init, teacher, teacher.config.vocab_size if teacher else tokenizer.get_vocab_size()).to(device)
     vocab = Vocab(tokenizer, model.config.vocab_size, device)
     texts, held_out = (Texts(torch.from_numpy(arrays[part]).to(device), vocab) for part in ("train", "held_out"))
     if not args.init:
@@ -814,7 +813,7 @@ def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Na
             bad = torch.where((bad < 0) & ~torch.isfinite(loss + norm), step, bad)
             since = torch.stack([since[0] + loss * masked, torch.maximum(since[1], norm), since[2] + masked,
                                  since[3] + maskable])
-            stop = signals.agreed(device)
+            stop = signals.agreed(step, device)
             if stop or any(due(every, step) for every in (args.log_every, args.eval_every, args.save_every)):
                 stop_if_bad(int(bad), run)
             if due(args.log_every, step):
@@ -969,7 +968,7 @@ def check(args: Namespace):
     require(args.vocab_size is None or args.vocab_size >= 100, f"--vocab-size {args.vocab_size} is too small: 100 at least")
     require(args.batch_size % (world_size() * args.accumulate) == 0,
             f"--batch-size {args.batch_size} cannot be shared by {world_size()} ranks × {args.accumulate} micro-batches")
-    if args.corpus != ["docs"]:
+    if args.corpus != ["docs"] and rank() == 0:  # the others meet it in init_process_group, once the files are there
         corpus_files(args.corpus)
     if args.out and not args.resume:
         out = Path(args.out)

@@ -40,6 +40,10 @@ def change_json(path: Path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def drop_weights(path: Path, prefix: str):
+    write_safetensors(path, {name: w for name, w in read_safetensors(path).items() if not name.startswith(prefix)})
+
+
 def change_weight(path: Path, name: str, value: torch.Tensor):
     write_safetensors(path, read_safetensors(path) | {name: value})
 
@@ -58,6 +62,10 @@ DAMAGE = {  # name of a model directory -> what is done to it
     "no-heads": lambda d: change_json(d / "config.json", num_attention_heads=0),
     "minus": lambda d: change_json(d / "config.json", intermediate_size=-24),
     "wide": lambda d: change_json(d / "config.json", hidden_size=32),
+    "deep": lambda d: change_json(d / "config.json", num_hidden_layers=10 ** 9),
+    "huge": lambda d: change_json(d / "config.json", vocab_size=10 ** 12),
+    "huger": lambda d: change_json(d / "config.json", intermediate_size=10 ** 18),
+    "headless": lambda d: drop_weights(d / "model.safetensors", "cls."),
     "text-size": lambda d: change_json(d / "config.json", hidden_size="16"),
     "dropout": lambda d: change_json(d / "config.json", hidden_dropout_prob=1.5),
     "pad": lambda d: change_json(d / "config.json", pad_token_id=99),
@@ -200,7 +208,8 @@ CASES = {
             "no-heads": "num_attention_heads is 0", "minus": "intermediate_size is -24", "pad": "pad_token_id 99",
             "wide": "its config.json asks for (11, 32)", "text-size": "config.json has hidden_size = '16'",
             "dropout": "hidden_dropout_prob is 1.5", "roberta": "only bert and distilbert", "narrow": "query.weight is (16, 3)",
-            "scalar": "query.weight is ()", "pickle": "cannot be read as plain tensors"}.items())],
+            "deep": "1,000,000,000 layers", "huge": "that no memory holds", "huger": "that no memory holds",
+            "headless": "no whole masked-LM head", "scalar": "query.weight is ()", "pickle": "cannot be read as plain tensors"}.items())],
     masking: [
         ("", "the following arguments are required: text"), ("text", "there is no run here yet: run train.py first"),
         ("'the cat' --model nowhere", "the hub did not give it"), ("'' --model model", "no word to mask"),

@@ -291,6 +291,16 @@ def test_a_winner_that_other_examples_may_not_bear_out_is_marked():
     assert stats.better(pair | {"bootstrap_low": -0.05, "bootstrap_high": -0.01}).endswith("0.0300]")
 
 
+def test_the_constant_answer_stands_under_the_scores(tmp_path):
+    """Always "paraphrase" on MRPC's dev set: accuracy 0.6838, F1 0.8122 (279 of 408)."""
+    values = {"accuracy": 0.7, "f1": 0.8}
+    for seed, baseline in enumerate(({"accuracy": 279 / 408, "f1": 2 * 279 / (279 + 408)}, [0.7], {"accuracy": "0.7"})):
+        write_run(tmp_path, "random", seed, 0.0, task="mrpc", last=values, best=values, baseline=baseline)
+    report = stats.analyse(tmp_path)
+    assert "| the constant answer |  | 0.6838 | 0.8122 | 0.7480 |" in stats.to_markdown(report)
+    assert sum("its baseline is damaged" in note for note in report["notes"]) == 2
+
+
 def test_damaged_dev_predictions_are_named(tmp_path):
     write_cells(tmp_path, random=[0.5, 0.6])
     for seed, dev in enumerate((None, {}, {"predictions": [1], "labels": [1, 0]}, {"predictions": [], "labels": []},
