@@ -214,6 +214,7 @@ def find_columns(path: Path, header: list[str], names: list[str]) -> list[int]:
 
 
 def parse_rows(task: Task, path: Path, header: list[str], rows, labelled: bool) -> Iterator[Example]:
+    """Examples from (line number, columns) pairs. Raises InputError, naming the line, on a label that is none."""
     names = [task.text_a] + [task.text_b] * bool(task.text_b) + [task.label] * labelled
     columns = dict(zip(names, find_columns(path, header, names)))
     for line, row in rows:
@@ -566,6 +567,7 @@ class TaskTyphoon(TyphoonStrategy):
         self.head, self.optimizer = list(head.parameters()), make_optimizer(head, lr, weight_decay)
 
     def mask(self, batch, generator=None):
+        """Adds this batch's supervised gradient to the averages and leaves the head's for `end_step`; draws the mask."""
         words = self.probe.bert.embeddings.word_embeddings(batch.input_ids).detach().requires_grad_()  # (B, L, H)
         logits = self.probe(None, batch.attention_mask, batch.token_type_ids, inputs_embeds=words)
         loss = task_loss(logits, self.labels[batch.index])
@@ -700,6 +702,7 @@ def table(runs: list[dict]) -> str:
 
 
 def make_parser() -> Parser:
+    """Every option of the command line, with its default."""
     parser = Parser(description="Fine-tune and evaluate on GLUE.")
     add = parser.add_argument
     add("--task", required=True, help=f"{', '.join(NINE)}, or all: these nine")

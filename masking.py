@@ -327,6 +327,7 @@ class Entropy(Strategy):
         self.table = context.teacher_entropy()  # (texts, L)
 
     def mask(self, batch, generator=None):
+        """By the entropies of the batch's own rows of the table."""
         entropy = self.table[batch.index][:, :batch.maskable.shape[1]]  # a batch is cut to its longest text
         select = self.context.entropy_select or "mixed"
         return entropy_mask(entropy, batch.maskable, self.context.rate, select, generator)
@@ -440,6 +441,7 @@ def demo_lines(pieces: list[str], shown: dict[str, tuple], colour: bool) -> list
 
 
 def parse_args(argv=None):
+    """The demo's options."""
     from model import Parser
     parser = Parser(description="Shows what each strategy would mask in a text, and why.")
     parser.add_argument("text")

@@ -562,6 +562,7 @@ def prepare_texts(args: Namespace, tokenizer: Tokenizer | None) -> tuple[Tokeniz
            tokenizer and hashlib.sha256(tokenizer.to_str().encode()).hexdigest()]
 
     def build():
+        """{"train": (n, L), "held_out": (m, L), "tokenizer": its JSON}. Raises InputError on too little text."""
         documents, held_out = read_corpus(args.corpus, args.corpus_fraction)
         pieces = tokenizer or train_tokenizer(documents, args.vocab_size or 8192)
         train, valid = (pack(part, pieces, args.seq_len, name) for part, name in
@@ -867,6 +868,7 @@ def summarise(trainer: Trainer, held_out: Texts, tokenizer: Tokenizer, path: Pat
 # --- the command line ------------------------------------------------------------------------------------------------
 
 def make_parser() -> Parser:
+    """Every option of the command line, with its default."""
     parser = Parser(description="Pretrain a masked language model.")
     add = parser.add_argument
     add("--masking", default="random", help=f"who is masked: {', '.join(STRATEGIES)}")
