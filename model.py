@@ -257,7 +257,8 @@ class BertForMaskedLM(nn.Module):
         if positions is None:
             return self.bert(*inputs)
         rows, real = columns(positions)
-        return self.bert(*inputs, rows=rows)[real]  # (N, H)
+        chosen = real.flatten().nonzero()[:, 0]  # (N,), found before the encoder runs: a GPU's host waits for the count
+        return self.bert(*inputs, rows=rows).flatten(0, 1)[chosen]  # (N, H)
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, positions=None):
         """Logits (B, L, V); with positions (B, L) bool, logits (N, V) in the order of `hidden[positions]`."""

@@ -383,6 +383,7 @@ class Trainer:
         recipe, vocab = self.recipe, self.texts.vocab
         corrupted, labels = corrupt(batch.input_ids, mask, vocab.mask_id, vocab.size, recipe.corruption, self.generator,
                                     vocab.special_ids)
+        targets = labels[mask]  # (N,)
         inputs = {"attention_mask": batch.attention_mask, "token_type_ids": batch.token_type_ids, "positions": mask}
         with self.autocast():
             words = self.model.bert.embeddings.word_embeddings(corrupted)  # (B, L, H)
@@ -392,7 +393,7 @@ class Trainer:
             with torch.no_grad():
                 teacher_logits = self.teacher(corrupted, **inputs) if kd_weight else None
             if len(logits):
-                loss = kd_loss(logits, teacher_logits, labels[mask], kd_weight, recipe.kd_temperature) * len(logits)
+                loss = kd_loss(logits, teacher_logits, targets, kd_weight, recipe.kd_temperature) * len(logits)
             else:
                 loss = logits.sum()  # nothing is masked: zero, with a gradient for every parameter
         (loss * world_size() / masked_in_all).backward()  # ranks are averaged; every masked token counts the same
