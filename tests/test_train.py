@@ -371,7 +371,7 @@ def kill_and_resume(arguments, cwd, kills, rng):
 @pytest.mark.parametrize("masking, extra, kills", [
     ("typhoon", [], 2), *(pytest.param(*variant, 20, marks=pytest.mark.slow) for variant in VARIANTS)])
 def test_killed_at_random_moments(masking, extra, kills, corpus, tmp_path):
-    arguments = ["--masking", masking, "--corpus", corpus, *SMALL, "--steps", "200", *extra]
+    arguments = ["--masking", masking, "--corpus", corpus, *SMALL, "--steps", str(100 * kills), *extra]
     whole = command(*arguments, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     kill_and_resume(list(map(str, arguments)), tmp_path, kills, np.random.default_rng(0))
