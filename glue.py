@@ -758,9 +758,10 @@ def check(args: Namespace):
         require(name, lambda n: n >= 1, "at least 1")
     for name in ("lr", "adapt_lr"):
         require(name, lambda x: 0 < x < math.inf, "above 0")
-    for name in ("warmup", "typhoon_spread", "typhoon_ema"):
+    for name in ("warmup", "typhoon_ema"):
         require(name, lambda x: 0 <= x <= 1, "from 0 to 1")
-    require("dropout", lambda x: 0 <= x < 1, "from 0 to below 1")
+    for name in ("dropout", "typhoon_spread"):
+        require(name, lambda x: 0 <= x < 1, "from 0 to below 1")
     require("mask_rate", lambda x: 0 < x < 1, "between 0 and 1")
     require("fraction", lambda x: 0 < x <= 1, "above 0 and at most 1")
     require("weight_decay", lambda x: 0 <= x < math.inf, "at least 0")

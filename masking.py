@@ -464,7 +464,7 @@ def main(argv=None):
     model, tokenizer = load_pretrained(source, head="mlm")
     settings = Path(source) / "train_args.json"
     teacher_dir = read_json(settings).get("teacher_dir") if settings.exists() else None
-    teacher = load_pretrained(teacher_dir, head="mlm")[0] if teacher_dir and Path(teacher_dir).is_dir() else model
+    teacher = load_pretrained(teacher_dir, head="mlm")[0] if teacher_dir else model
     text = args.text.encode(errors="surrogateescape").decode(errors="replace")  # a shell may pass what is no UTF-8
     pieces, shown = demo(text, model.eval(), tokenizer, teacher.eval(), args.mask_rate, args.seed)
     if not any(mask.any() for mask, _ in shown.values()):

@@ -625,7 +625,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with the defaults in its help, and one line on an error instead of the whole usage."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=Help, **options)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")

@@ -8,8 +8,8 @@ statistics, the two-way bootstrap, reading runs, the analysis, the report as tex
     python stats.py sweep --preset typhoon --jobs 2            # [T]'s 90 runs; kill it, start it again: it goes on
     python stats.py sweep --preset entropy --pretrain          # [E]: pretrain 18 models, fine-tune each on GLUE
     python stats.py sweep --tasks mrpc --models runs/random-tiny-0 --strategies random typhoon -- --epochs 2
-    python stats.py report runs/typhoon                        # no GPU, no model: reads the JSON files
-    python stats.py report runs/typhoon --effect 0.01          # how many seeds would find a difference of 0.01?
+    python stats.py report runs/sweep-typhoon                  # no GPU, no model: reads the JSON files
+    python stats.py report runs/sweep-typhoon --effect 0.01    # how many seeds would find a difference of 0.01?
 
 Scores and differences are fractions, not percent: 0.01 is one point. Shapes: n seeds, m dev examples, R resamples.
 """
@@ -210,7 +210,7 @@ def seeds_needed(sd: float, effect: float, power: float = POWER, alpha: float = 
     low, high = 1, 2
     while not enough(high):
         low, high = high, 2 * high
-        if high > 1_000_000:
+        if low > 1_000_000:
             return math.inf
     while high - low > 1:  # never enough at low, always at high
         middle = (low + high) // 2
@@ -444,7 +444,7 @@ def verdict(pairs: list[dict]) -> str:
     effects = sorted(pair["mde"] for pair in judged)
     span = f"{effects[0]:.4f}" + (f" to {effects[-1]:.4f}, by comparison" if len(effects) > 1 else "")
     return (f"No strategy is reliably better: none {among} is significant (smallest Holm-adjusted p "
-            f"{show_p(min(pair['holm_p'] for pair in judged if not math.isnan(pair['holm_p'])))}), and with n = "
+            f"{show_p(min(pair['holm_p'] for pair in judged))}), and with n = "
             f"{' to '.join(str(n) for n in sorted({seeds[0], seeds[-1]}))} seeds the smallest true difference that a "
             f"single test finds four times in five is {span}.")
 
@@ -637,7 +637,7 @@ def write_report(folder: Path, epoch: str = "last", effect: float | None = None)
 # --- the sweep -------------------------------------------------------------------------------------------------------
 
 PRESETS = {
-    "typhoon": {  # [T] v2: 2 × 3 × 3 × 5 = 90 runs, and 12 comparisons with Typhoon
+    "typhoon": {  # [T] v2: 2 × 3 × 3 × 5 = 90 runs; 12 comparisons of Typhoon on one task
         "tasks": ["mrpc", "cola"],
         "models": ["huawei-noah/TinyBERT_General_4L_312D", "distilbert-base-uncased", "bert-base-uncased"],
         "strategies": ["random", "whole-word", "typhoon"],
@@ -720,20 +720,23 @@ def finished_run(path: Path) -> dict | None:
 
 def pretraining_jobs(runs: list[Run], folder: Path, extra: list[str]) -> list[Job]:
     """A job for every checkpoint of a {masking} pattern that is not there yet. train.py writes model.safetensors last;
-    a directory without it was interrupted, and goes on. Raises InputError on what train.py would refuse."""
+    a directory without it was interrupted, and goes on. Raises InputError on what train.py would refuse, and on a
+    checkpoint that was made with another seed or other options: it is no run of this grid."""
     jobs = {}
     for run in runs:
         weights = Path(run.checkpoint) / "model.safetensors"
-        if "{masking}" not in run.model or weights.exists():
+        started = (weights.parent / "train_args.json").exists()
+        if "{masking}" not in run.model or (weights.exists() and not started):
             continue
         if run.strategy not in PRETRAINING:
             raise InputError(f"--pretrain knows no strategy {run.strategy}: choose from {', '.join(PRETRAINING)}")
         options = [*PRETRAINING[run.strategy], "--seed", str(run.seed), "--out", run.checkpoint, *extra]
-        if (weights.parent / "train_args.json").exists():
+        if started:
             options += ["--resume", run.checkpoint]
         train.parse_args(options)
-        jobs[run.checkpoint] = Job([sys.executable, str(HERE / "train.py"), *options], weights,
-                                   folder / f"pretrain--{slug(run.checkpoint)}.error.json")
+        if not weights.exists():
+            jobs[run.checkpoint] = Job([sys.executable, str(HERE / "train.py"), *options], weights,
+                                       folder / f"pretrain--{slug(run.checkpoint)}.error.json")
     return list(jobs.values())
 
 
@@ -838,7 +841,7 @@ def parse_args(argv=None):
     add("--models", nargs="+", help="names or directories; runs/{masking}-{seed} compares pretraining strategies")
     add("--strategies", nargs="+", help="adaptation strategies, or none; what {masking} in --models stands for")
     add("--seeds", nargs="+", type=int, help="(default: 0 1 2 3 4)")
-    add("--out", type=Path, help="folder of the JSON files (default: runs/PRESET, or runs/sweep)")
+    add("--out", type=Path, help="folder of the JSON files (default: runs/sweep, or runs/sweep-PRESET)")
     add("--jobs", type=int, default=1, help="fine-tuning runs at once")
     add("--shard", metavar="I/N", help="only every N-th run, from the I-th on: for the jobs 1/N to N/N of an array")
     add("--dry-run", action="store_true", help="list the runs, and the time they may take")
@@ -883,12 +886,14 @@ def sweep_command(args):
     """Checks what can be known beforehand, options for glue.py and train.py by their own rules; then sweeps."""
     if args.jobs < 1:
         raise InputError(f"--jobs {args.jobs}: at least 1")
-    runs, folder = grid(args), args.out or Path("runs") / (args.preset or "sweep")
+    runs, folder = grid(args), args.out or Path("runs") / "-".join(filter(None, ("sweep", args.preset)))
     check_extra(args.extra, ("--task", "--model", "--seed", "--adapt", "--label", "--json"))
     for run in runs:
         glue.parse_args(run.command(folder / f"{run.name}.json", args.extra, HERE)[2:])
     pretraining = []
     if args.pretrain is not None:
+        if not any("{masking}" in run.model for run in runs):
+            raise InputError("--pretrain makes the models of a pattern, and --models has none with {masking}")
         try:
             options = shlex.split(args.pretrain)
         except ValueError as error:

@@ -228,6 +228,17 @@ def pack(documents: list[list[str]], tokenizer: Tokenizer, seq_len: int, name: s
     return np.pad(body, ((0, 0), (1, 1)), constant_values=((0, 0), (cls, sep)))
 
 
+@contextlib.contextmanager
+def rank_zero_first():
+    """Rank 0 builds what goes to a file; the others follow and find it there."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
+@rank_zero_first()
 def cached(kind: str, key: object, build) -> dict[str, np.ndarray]:
     """`build()`, a dict of arrays, kept under data/cache by what it was made from. A damaged file is rebuilt; of two
     processes that build the same one, either may win."""
@@ -277,19 +288,19 @@ class Texts:
         attention_mask = None
         if self.padded:
             attention_mask = ids != self.vocab.pad_id
-            longest = int(attention_mask.sum(1).max())
+            longest = 1 + int(attention_mask.any(0).nonzero().max())  # a text may hold the word "[PAD]"
             ids, attention_mask = ids[:, :longest], attention_mask[:, :longest]
             types = None if types is None else types[:, :longest]
         return Batch(ids, self.vocab.ordinary[ids], index, attention_mask, types)
 
+    @functools.cached_property
     def digest(self) -> str:
+        """What tells these texts from others."""
         return hashlib.sha256(self.input_ids.cpu().numpy().tobytes()).hexdigest()
 
     def token_counts(self) -> Tensor:
         """(V,) how often each ordinary type occurs."""
-        counts = sum(torch.bincount(part.flatten().long(), minlength=self.vocab.size)
-                     for part in self.input_ids.split(4096))
-        return counts * self.vocab.ordinary
+        return torch.bincount(self.input_ids.flatten(), minlength=self.vocab.size) * self.vocab.ordinary
 
 
 # --- data-parallel ---------------------------------------------------------------------------------------------------
@@ -461,13 +472,12 @@ def entropy_table(teacher: BertForMaskedLM, texts: Texts, entropy_input: str, ra
 
 def cached_entropies(teacher: BertForMaskedLM, texts: Texts, args: Namespace, bf16: bool) -> Tensor:
     """`entropy_table`, kept on disk by teacher, windows and reading."""
-    digest = hashlib.sha256(texts.digest().encode())
+    digest = hashlib.sha256(texts.digest.encode())
     for weight in teacher.state_dict().values():
         digest.update(weight.cpu().numpy().tobytes())
     rate = args.mask_rate if args.entropy_input == "masked" else 0.0
-    with rank_zero_first():
-        table = cached("entropy", [digest.hexdigest(), args.entropy_input, rate, bf16], lambda: {
-            "entropy": entropy_table(teacher, texts, args.entropy_input, rate, bf16).cpu().numpy()})
+    table = cached("entropy", [digest.hexdigest(), args.entropy_input, rate, bf16], lambda: {
+        "entropy": entropy_table(teacher, texts, args.entropy_input, rate, bf16).cpu().numpy()})
     return torch.from_numpy(table["entropy"]).to(texts.input_ids.device)
 
 
@@ -540,16 +550,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(f"{kind}:{number}" if number else kind)
 
 
-@contextlib.contextmanager
-def rank_zero_first():
-    """Rank 0 builds what goes to a file; the others follow and find it there."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
-
-
 def corpus_state(names: list[str]) -> list:
     """What changes when the corpus does: the files' names, sizes and times, or Python's version."""
     if names == ["docs"]:
@@ -573,8 +573,7 @@ def prepare_texts(args: Namespace, tokenizer: Tokenizer | None) -> tuple[Tokeniz
                              f"or its held-out twentieth is: give more text or a smaller --seq-len")
         return {"train": train, "held_out": valid[:1000], "tokenizer": np.array(pieces.to_str())}
 
-    with rank_zero_first():
-        arrays = cached("windows", key, build)
+    arrays = cached("windows", key, build)
     return Tokenizer.from_str(str(arrays.pop("tokenizer"))), arrays
 
 
@@ -585,8 +584,8 @@ def reference_args(args: Namespace) -> Namespace:
                "seed": 2 ** 32,  # no student's: the same seed would mean the same weights, order and masks
                "steps": args.teacher_steps, "kd_weight": 0.0, "student_init": "random"}
     reference = Namespace(**vars(args) | changed)
-    decides = ("mask_rate", "corruption", "seed", "corpus_fraction", "vocab_size", "preset", "seq_len", "steps", "batch_size", "lr", "warmup",
-               "weight_decay", "clip", "dropout")
+    decides = ("mask_rate", "corruption", "seed", "corpus_fraction", "vocab_size", "preset", "seq_len", "steps",
+               "batch_size", "lr", "warmup", "weight_decay", "clip", "dropout")
     key = [corpus_state(args.corpus), *(getattr(reference, name) for name in decides)]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     reference.out = str(Path("runs") / f"reference-{name}")
@@ -596,7 +595,9 @@ def reference_args(args: Namespace) -> Namespace:
 
 def find_teacher(args: Namespace) -> str | None:
     """The teacher's directory or hub name: --teacher, or else the model that --init starts from, or else one trained
-    here and now. None where nobody wants one."""
+    here and now. None where nobody wants one; a resumed run keeps its own."""
+    if args.resume:
+        return read_json(Path(args.resume) / "train_args.json").get("teacher_dir")
     wanted = STRATEGIES[args.masking].needs_teacher or args.kd_weight or args.student_init != "random"
     if not wanted or args.teacher or args.init:
         return args.teacher or (args.init if wanted else None)
@@ -695,10 +696,6 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path, self.log_path, self.checkpoint_path = path, path / "log.jsonl", path / "checkpoint.pt"
 
-    def write(self, name: str, fields: dict):
-        if rank() == 0:
-            write_atomic(self.path / name, json.dumps(fields, indent=1) + "\n")
-
     def log(self, **fields):
         """Appends a line. It holds no times, so that a resumed run writes the same bytes."""
         if rank() == 0:
@@ -731,12 +728,13 @@ class RunDirectory:
 
 
 def new_directory(args: Namespace) -> Path:
-    """--out, or else the first free name of the form runs/entropy, runs/entropy-2, ...; made by rank 0."""
+    """--out, or else the first free name of the form runs/entropy, runs/entropy_2, ...; made by rank 0. (The seeds of a
+    sweep are called runs/entropy-2: see stats.py.)"""
     if args.out or rank() > 0:
         Path(args.out or ".").mkdir(parents=True, exist_ok=True)
         return Path(args.out or ".")
     name = "runs/" + args.masking + ("-kd" if args.kd_weight else "")
-    for path in itertools.chain([Path(name)], (Path(f"{name}-{number}") for number in itertools.count(2))):
+    for path in itertools.chain([Path(name)], (Path(f"{name}_{number}") for number in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
@@ -783,11 +781,15 @@ def pretrain(args: Namespace):
     trainer, held_out, tokenizer, teacher_dir = set_up(args)
     run, state = RunDirectory(Path(args.resume) if args.resume else new_directory(args)), {}
     if args.resume:
-        if read_json(run.path / "train_args.json").get("windows") != trainer.texts.digest():
+        if read_json(run.path / "train_args.json").get("windows") != trainer.texts.digest:
             raise InputError(f"--resume {run.path}: the corpus is not the one that it was started with: start a new run")
         state = run.restore(trainer)
-    run.write("train_args.json", vars(args) | {"resume": None, "out": str(run.path), "teacher_dir": teacher_dir,
-                                               "windows": trainer.texts.digest(), "versions": versions()})
+        if state.get("step", 0) > args.steps:
+            raise InputError(f"--steps {args.steps}: {run.path} has {state['step']:,} behind it already")
+    settings = vars(args) | {"resume": None, "out": str(run.path), "teacher_dir": teacher_dir,
+                             "windows": trainer.texts.digest, "versions": versions()}
+    if rank() == 0:
+        write_atomic(run.path / "train_args.json", json.dumps(settings, indent=1) + "\n")
     say(f"{run.path}: {args.masking} masking of {args.mask_rate:.0%}, {len(trainer.texts):,} windows of {args.seq_len} "
         f"tokens, {sum(p.numel() for p in trainer.model.parameters()):,} parameters, on {trainer.device}")
     totals, seconds = training_loop(trainer, held_out, run, args, state)
@@ -835,7 +837,9 @@ def training_loop(trainer: Trainer, held_out: Texts, run: RunDirectory, args: Na
                 bar.close()
                 if world_size() > 1:
                     dist.barrier()  # rank 0 has saved
-                say(f"stopped after step {step + 1} and saved; to go on: python train.py --resume {shlex.quote(str(run.path))}")
+                program = "python" if world_size() == 1 else f"torchrun --nproc_per_node={world_size()}"
+                say(f"stopped after step {step + 1} and saved; to go on: {program} train.py --resume "
+                    f"{shlex.quote(str(run.path))}")
                 sys.exit(128 + stop)
     return totals, time.perf_counter() - began
 
@@ -905,7 +909,7 @@ def make_parser() -> Parser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
     add("--compile", action="store_true", help="torch.compile the encoder and the head")
-    add("--out", help="run directory (default: runs/MASKING, or the first free runs/MASKING-N)")
+    add("--out", help="run directory (default: runs/MASKING, or the first free runs/MASKING_N)")
     add("--resume", metavar="RUN", help="go on with this run, with its own arguments")
     add("--log-every", type=int, default=100, metavar="STEPS")
     add("--eval-every", type=int, default=1000, metavar="STEPS")
@@ -932,11 +936,11 @@ def parse_args(argv=None) -> Namespace:
                 raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but {args.resume} was started with "
                                  f"{stored[key]}: drop it, or start a new run")
         args.out = args.resume
-        try:
-            check(args)
-        except TypeError:
-            raise InputError(f"{path} holds values of the wrong kind: copy it again, or start a new run") from None
-    check(args)
+    try:
+        check(args)
+    except TypeError:  # argparse has the kinds right, train_args.json may not
+        raise InputError(f"{args.resume}/train_args.json holds values of the wrong kind: copy it again, or start a new "
+                         "run") from None
     return args
 
 

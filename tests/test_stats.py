@@ -152,6 +152,7 @@ def test_the_minimum_detectable_effect_is_found_four_times_in_five():
 
 def test_more_seeds_than_anyone_has_are_called_infinite():
     assert stats.seeds_needed(1.0, 1e-6) == math.inf
+    assert stats.seeds_needed(1.0, 2.80159 / math.sqrt(700_000)) == pytest.approx(700_000, rel=1e-4)  # (1.95996 + 0.84162)²
     assert math.isnan(stats.seeds_needed(0.0, 0.01))
 
 
@@ -559,6 +560,17 @@ def test_a_finished_model_is_not_pretrained_again_and_an_interrupted_one_goes_on
     runs = stats.plan(["cola"], ["runs/{masking}-{seed}"], ["random"], [0, 1, 2])
     commands = [job.command for job in stats.pretraining_jobs(runs, Path("out"), [])]
     assert [command[-2:] for command in commands] == [["--resume", "runs/random-1"], ["--out", "runs/random-2"]]
+
+
+def test_a_finished_model_of_another_seed_is_no_run_of_the_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/random-2").mkdir(parents=True)
+    settings = stats.train.parse_args([])
+    Path("runs/random-2/train_args.json").write_text(json.dumps(vars(settings)))
+    Path("runs/random-2/model.safetensors").write_text("")
+    runs = stats.plan(["cola"], ["runs/{masking}-{seed}"], ["random"], [2])
+    with pytest.raises(InputError, match="--seed is 2, but runs/random-2 was started with 0"):
+        stats.pretraining_jobs(runs, Path("out"), [])
 
 
 def test_a_pattern_is_one_model_in_the_report(tmp_path, fake_glue):

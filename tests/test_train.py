@@ -1,6 +1,7 @@
 """The loop: what a step computes, what a run leaves behind, and that an interrupted run ends as an unbroken one."""
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def numbered_texts(n=24, L=12, seed=0):
     ids = torch.randint(5, 60, (n, L), generator=torch.Generator().manual_seed(seed))
     ids[:, 0], ids[:, -1] = 2, 3
     return Texts(ids, Vocab(Pieces, 60, CPU))
+
+
+def test_a_text_with_the_word_pad_in_it_is_not_cut_at_its_end():
+    texts = numbered_texts()
+    texts.input_ids[:, 5] = 0
+    batch = Texts(texts.input_ids, texts.vocab).batch(torch.tensor([0]))
+    assert batch.input_ids.shape == batch.attention_mask.shape == (1, 12) and not batch.attention_mask[0, 5]
 
 
 def test_one_step_is_adamw_on_the_mean_loss_of_the_masked_tokens(model):
@@ -278,8 +286,20 @@ def test_the_teacher_and_its_tables_are_made_once(corpus, tmp_path, monkeypatch)
     for _ in range(2):
         train.main(["--masking", "entropy", "--corpus", str(corpus), *SMALL])
     assert len(list((tmp_path / "runs").glob("reference-*"))) == 1
-    assert weights("runs/entropy") == weights("runs/entropy-2")
+    assert weights("runs/entropy") == weights("runs/entropy_2")
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "data/cache").iterdir()) == ["entropy", "windows"]
+
+
+def test_a_resumed_run_keeps_its_teacher(corpus, tmp_path, monkeypatch):
+    """A corpus that was copied again has another time, which is part of an automatic teacher's name."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_bytes(corpus.read_bytes())
+    train.main(["--masking", "entropy", "--corpus", "text.txt", *SMALL])
+    before = weights("runs/entropy")
+    os.utime("text.txt", (0, 0))
+    Path("runs/entropy/checkpoint.pt").unlink()
+    train.main(["--resume", "runs/entropy"])
+    assert weights("runs/entropy") == before and len(list(Path("runs").iterdir())) == 2
 
 
 def test_reference_files_open_the_run(corpus, tmp_path, monkeypatch):
@@ -387,6 +407,8 @@ def test_resuming_with_other_arguments_names_the_argument(corpus, tmp_path, monk
     args = train.parse_args(["--resume", "run", "--steps", "15", "--log-every", "7"])
     assert (args.steps, args.log_every, args.vocab_size) == (15, 7, 300)
     train.main(["--resume", "run", "--steps", "14"])
+    with pytest.raises(InputError, match="--steps 13: run has 14 behind it already"):
+        train.main(["--resume", "run", "--steps", "13"])
     assert json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])["step"] == 14
 
 
