@@ -339,6 +339,7 @@ class SelfEntropy(Strategy):
     Hidden positions: 2k candidates, uniformly, all masked; one pass, with the head on those rows alone; the k most
     uncertain of them. Visible ones: one pass over the text as it is, with the head on every row."""
     def mask(self, batch, generator=None):
+        """By the model's entropies at this moment."""
         context, k = self.context, budget(batch.maskable, self.context.rate)
         candidates, input_ids = batch.maskable, batch.input_ids
         if context.entropy_input == "masked":
