@@ -726,7 +726,8 @@ def pretraining_jobs(runs: list[Run], folder: Path, extra: list[str]) -> list[Jo
     for run in runs:
         weights = Path(run.checkpoint) / "model.safetensors"
         started = (weights.parent / "train_args.json").exists()
-        if "{masking}" not in run.model or (weights.exists() and not started):
+        ours = started and run.strategy in PRETRAINING
+        if "{masking}" not in run.model or (weights.exists() and not ours):
             continue
         if run.strategy not in PRETRAINING:
             raise InputError(f"--pretrain knows no strategy {run.strategy}: choose from {', '.join(PRETRAINING)}")

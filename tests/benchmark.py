@@ -4,7 +4,7 @@ medians. Same mathematics, less work; every part first checks that both sides co
     python tests/benchmark.py                 every part that this machine can run, as one Markdown table
     python tests/benchmark.py steps masking   some parts
 
-Parts: steps, masking, memory, finetuning (wants $GLUE_DIR), gpu (wants CUDA). What is not installed is skipped, and
+Parts: steps, profile, masking, memory, finetuning (wants $GLUE_DIR), gpu (wants CUDA). What is not installed is skipped, and
 said so. A ratio above 1 means that ours is faster, or that a strategy costs more than random masking.
 """
 import argparse
@@ -162,6 +162,23 @@ def steps():
             f"share of the matrix peak {reference_flops / reference / top:.0%}, ours {needed / mine / top:.0%}"
         yield "the same, ours in bf16 autocast", f"{reference / rest[0]:.1f}×" if rest else "not measured", \
             f"{reference * 1e3:.0f} / {rest[0] * 1e3:.0f} ms" if rest else "no bf16 unit in this CPU: see the first row"
+
+
+KINDS = {"matrix products": ("mm", "addmm", "bmm"),
+         "softmax over the vocabulary": ("_log_softmax", "_log_softmax_backward_data"), "dropout's coins": ("random_", "ge")}
+
+
+def profile():
+    """What our step's time goes to, in shares of the whole."""
+    for name, (preset, vocab_size) in SIZES.items():
+        duel = Duel(vocab_size, ROWS)
+        step = ordinary_step(pair(preset, vocab_size, 0.1)[0], duel.ours, False, "cpu")
+        alternate(step, rounds=3)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            alternate(step, rounds=5, warmup=0)
+        seconds = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in found.key_averages()}
+        shares = [sum(seconds.get(name, 0) for name in names) / sum(seconds.values()) for names in KINDS.values()]
+        yield f"MLM step, {name}: shares of our time", " · ".join(f"{share:.0%}" for share in shares), " · ".join(KINDS)
 
 
 def self_entropy_floor(config: BertConfig, tokens: int, masked: int) -> float:
@@ -336,7 +353,7 @@ def gpu():
                 f"{memory_used:.1f} GiB; masking {alone / compiled:.1%} of a compiled step"
 
 
-PARTS = {"steps": steps, "masking": masking_part, "memory": memory, "finetuning": finetuning, "gpu": gpu}
+PARTS = {"steps": steps, "profile": profile, "masking": masking_part, "memory": memory, "finetuning": finetuning, "gpu": gpu}
 
 
 def main():
