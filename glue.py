@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from masking import STRATEGIES, Context, TyphoonStrategy
+from masking import STRATEGIES, Context, TyphoonStrategy, find_strategy
 from model import (InputError, Parser, RunError, can_write, load_pretrained, log, run_cli,
                    write_atomic)
-from train import (Recipe, Texts, Trainer, Vocab, build_strategy, download, entropy_table, extract, lr_at,
-                   make_optimizer, pick_device, versions)
+from train import (Recipe, Texts, Trainer, Vocab, build_strategy, download, entropy_table, lr_at, make_optimizer,
+                   pick_device, unpack, versions)
 
 
 # --- the tasks -------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class Task:
     text_b: str | None
     label: str | None
     rows: dict[str, int]         # split -> official number of rows, without those that skip_short skips
-    downloads: tuple[tuple[str, int, str], ...]            # address, bytes, sha256
+    downloads: tuple[tuple[str, str], ...]                 # address, sha256
     words: bool = False          # files and server spell a class by its name, not by its index
     header: tuple[str, ...] = ()  # columns of train and dev where these files have no header
     skip_short: bool = False     # train and dev are known to have rows with too few columns
@@ -74,8 +74,8 @@ class Task:
         return [split for split in self.rows if split.split("_")[0] == kind]
 
 
-def archive(name: str, size: int, sha256: str) -> tuple:
-    return (("https://dl.fbaipublicfiles.com/glue/data/" + name, size, sha256),)
+def archive(name: str, sha256: str) -> tuple:
+    return (("https://dl.fbaipublicfiles.com/glue/data/" + name, sha256),)
 
 
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -86,50 +86,50 @@ TASKS = {  # sizes and sha256 as the public GLUE loader's dataset_infos.json pub
     "cola": Task(
         "CoLA", ("matthews",), ("unacceptable", "acceptable"), "sentence", None, "label",
         {"train": 8551, "dev": 1043, "test": 1063},
-        archive("CoLA.zip", 376971, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+        archive("CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
         header=("source", "label", "star", "sentence")),
     "sst2": Task(
         "SST-2", ("accuracy",), ("negative", "positive"), "sentence", None, "label",
         {"train": 67349, "dev": 872, "test": 1821},
-        archive("SST-2.zip", 7439277, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa")),
+        archive("SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa")),
     "mrpc": Task(
         "MRPC", ("f1", "accuracy"), ("not_equivalent", "equivalent"), "#1 String", "#2 String", "Quality",
         {"train": 3668, "dev": 408, "test": 1725},
-        archive("mrpc_dev_ids.tsv", 6222, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7") +
-        ((SENTEVAL + "msr_paraphrase_train.txt", 1047044,
+        archive("mrpc_dev_ids.tsv", "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7") +
+        ((SENTEVAL + "msr_paraphrase_train.txt",
           "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
-         (SENTEVAL + "msr_paraphrase_test.txt", 441275,
+         (SENTEVAL + "msr_paraphrase_test.txt",
           "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784")),
         files={"train": (MRPC_TRAIN, ("MRPC/train.tsv",)), "dev": (MRPC_TRAIN, ("MRPC/dev.tsv",)),
                "test": (("MRPC/msr_paraphrase_test.txt",), ("MRPC/test.tsv",))}),
     "stsb": Task(
         "STS-B", ("pearson", "spearman"), (), *PAIR, "score", {"train": 5749, "dev": 1500, "test": 1379},
-        archive("STS-B.zip", 802872, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")),
+        archive("STS-B.zip", "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")),
     "qqp": Task(
         "QQP", ("f1", "accuracy"), ("not_duplicate", "duplicate"), "question1", "question2", "is_duplicate",
         {"train": 363846, "dev": 40430, "test": 390965},
-        archive("QQP-clean.zip", 41696084, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+        archive("QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
         skip_short=True),
     "mnli": Task(
         "MNLI", ("accuracy",), NLI, *PAIR, "gold_label",
         {"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832, "test_matched": 9796, "test_mismatched": 9847},
-        archive("MNLI.zip", 312783507, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"), words=True),
+        archive("MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"), words=True),
     "qnli": Task(
         "QNLI", ("accuracy",), ("entailment", "not_entailment"), "question", "sentence", "label",
         {"train": 104743, "dev": 5463, "test": 5463},
-        archive("QNLIv2.zip", 10627589, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+        archive("QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
         words=True),
     "rte": Task(
         "RTE", ("accuracy",), ("entailment", "not_entailment"), *PAIR, "label",
         {"train": 2490, "dev": 277, "test": 3000},
-        archive("RTE.zip", 697150, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"), words=True),
+        archive("RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"), words=True),
     "wnli": Task(
         "WNLI", ("accuracy",), ("not_entailment", "entailment"), *PAIR, "label",
         {"train": 635, "dev": 71, "test": 146},
-        archive("WNLI.zip", 28999, "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46")),
+        archive("WNLI.zip", "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46")),
     "ax": Task(  # the diagnostic set: nothing to train on, an MNLI model predicts it
         "AX", ("matthews",), NLI, *PAIR, None, {"test": 1104},
-        archive("AX.tsv", 222257, "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"), words=True,
+        archive("AX.tsv", "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"), words=True,
         files={"test": (("AX/AX.tsv",), ("diagnostic/diagnostic.tsv",))}),
 }
 NINE = [name for name in TASKS if name != "ax"]
@@ -255,13 +255,13 @@ def locate(task: Task, split: str, data_dir: Path) -> list[Path]:
 
 def fetch(task: Task, data_dir: Path):
     """Downloads the task; size and sha256 are checked before anything is unpacked or used."""
-    for url, size, sha256 in task.downloads:
+    for url, sha256 in task.downloads:
         name = url.rpartition("/")[2]
         if name.endswith(".zip"):  # it holds the task's folder
-            extract(download(url, data_dir / name, size, sha256), data_dir)
+            unpack(download(url, data_dir / name, sha256), data_dir)
             (data_dir / name).unlink(missing_ok=True)
         else:
-            download(url, data_dir / task.folder / name, size, sha256)
+            download(url, data_dir / task.folder / name, sha256)
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -603,11 +603,11 @@ def adapt(model: nn.Module, tokenizer, data: Encoded, args: Namespace) -> dict:
     vocab, inputs = Vocab(tokenizer, mlm.config.vocab_size, device), collate(data, np.arange(len(data.labels)), model)
     texts, bf16 = Texts(inputs["input_ids"].int(), vocab, inputs["token_type_ids"]), device.type == "cuda"
 
-    def teacher_entropy():
+    table = None
+    if find_strategy(args.adapt).needs_teacher:
         teacher = frozen_teacher(mlm, tokenizer, args)
-        return entropy_table(teacher, texts, args.entropy_input, args.mask_rate, bf16)
-
-    strategy = build_strategy(args.adapt, mlm, texts, teacher_entropy, args)
+        table = entropy_table(teacher, texts, args.entropy_input, args.mask_rate, bf16)
+    strategy = build_strategy(args.adapt, mlm, texts, args, table)
     if args.adapt == "typhoon" and args.typhoon_loss == "task":
         targets = data.targets(slice(None), device)
         strategy = TaskTyphoon(strategy.context, model, targets, args.adapt_lr, args.weight_decay)

@@ -18,6 +18,8 @@ The functions come first, then the strategies as the training loop sees them: a 
 Shapes: B batch, L tokens, H hidden, V vocabulary, N chosen positions. `maskable` (B, L) is True on ordinary tokens: not
 special, not padding. Whatever draws takes a torch.Generator on the tensors' device; None is PyTorch's global one.
 """
+import argparse
+import importlib.util
 import math
 import sys
 from contextlib import contextmanager
@@ -269,7 +271,7 @@ class Context:
     token_counts: Tensor  # (V,), over the maskable positions of the corpus
     continuation: Tensor  # (V,) bool, True for "##" pieces
     mask_token_id: int
-    teacher_entropy: Callable[[], Tensor] | None = None  # -> (texts, L), the frozen teacher's entropies
+    teacher_entropy: Tensor | None = None  # (texts, L) in nats, the frozen teacher's, where `needs_teacher`
     entropy_select: str | None = None  # None: what suits the strategy
     entropy_input: str = "masked"  # or "visible"
     spread: float = 0.4
@@ -289,8 +291,9 @@ class Strategy:
         """(B, L) bool: what must be guessed."""
         raise NotImplementedError
 
-    def observe(self, batch: Batch, mask: Tensor, embedding_grad: Tensor):
-        """After a backward pass: the gradient (B, L, H) with respect to the word embeddings that went in."""
+    def observe(self, batch: Batch, hidden: Tensor | None, embedding_grad: Tensor):
+        """After a backward pass: hidden (B, L) bool, True where the model did not see the token itself (None: it saw all),
+        and the gradient (B, L, H) with respect to the word embeddings that went in."""
 
     def end_step(self, reduce: Callable[[Tensor], object] | None = None):
         """After an optimizer step; `reduce` sums a tensor over data-parallel ranks."""
@@ -324,7 +327,7 @@ class Entropy(Strategy):
 
     def __init__(self, context):
         super().__init__(context)
-        self.table = context.teacher_entropy()  # (texts, L)
+        self.table = context.teacher_entropy  # (texts, L)
 
     def mask(self, batch, generator=None):
         """By the entropies of the batch's own rows of the table."""
@@ -361,10 +364,10 @@ class TyphoonStrategy(Strategy):
     def mask(self, batch, generator=None):
         return self.typhoon.mask(batch.input_ids, batch.maskable, generator)
 
-    def observe(self, batch, mask, embedding_grad):
+    def observe(self, batch, hidden, embedding_grad):
         weight = self.context.model.bert.embeddings.word_embeddings.weight
         dot = embedding_saliency(embedding_grad, weight, batch.input_ids)
-        self.typhoon.accumulate(batch.input_ids, dot, batch.maskable, mask)
+        self.typhoon.accumulate(batch.input_ids, dot, batch.maskable, hidden)
 
     def end_step(self, reduce=None):
         self.typhoon.step(reduce)
@@ -383,6 +386,36 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
+def find_strategy(name: str) -> type[Strategy]:
+    """The class for a name of STRATEGIES, or for FILE.py:CLASS, a strategy in a file of the user's own. Raises
+    argparse.ArgumentTypeError, which says what is wrong."""
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    file, _, class_name = name.rpartition(":")
+    if not Path(file).is_file():
+        known = ", ".join(STRATEGIES)
+        raise argparse.ArgumentTypeError(f"{name!r} is unknown: choose from {known}, or give FILE.py:CLASS")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        found = getattr(module, class_name)
+    except Exception as error:  # the user's file can raise anything
+        raise argparse.ArgumentTypeError(f"{name!r}: {type(error).__name__}: {error}") from None
+    return found
+
+
+def strategy_name(name: str) -> str:
+    """An argparse type: a name that `find_strategy` knows."""
+    find_strategy(name)
+    return name
+
+
+def strategy_label(name: str) -> str:
+    """What a strategy is called in file names and reports: its name, or the class of FILE.py:CLASS."""
+    return name.rpartition(":")[2]
+
+
 # --- the terminal demo -----------------------------------------------------------------------------------------------
 
 def demo(text: str, model, tokenizer, teacher, rate: float, seed: int) -> tuple[list[str], dict[str, tuple]]:
@@ -398,7 +431,7 @@ def demo(text: str, model, tokenizer, teacher, rate: float, seed: int) -> tuple[
     entropy = {"entropy": hidden_entropy(teacher, batch, rate, mask_id, generator),
                "self-entropy": hidden_entropy(model, batch, rate, mask_id, generator)}
     context = Context(rate, model, counts, torch.tensor([(p or "").startswith("##") for p in pieces]), mask_id,
-                      teacher_entropy=lambda: entropy["entropy"], entropy_select="high")
+                      teacher_entropy=entropy["entropy"], entropy_select="high")
     shown = {}
     for name, build in STRATEGIES.items():
         strategy = build(context)
@@ -418,7 +451,7 @@ def feed(strategy: Strategy, model, batch: Batch, context: Context, generator, r
         corrupted, labels = corrupt(batch.input_ids, mask, context.mask_token_id, 0, (1, 0, 0), generator)
         words = model.bert.embeddings.word_embeddings(corrupted).detach().requires_grad_()
         loss = F.cross_entropy(model(inputs_embeds=words, positions=mask), labels[mask])
-        strategy.observe(batch, mask, torch.autograd.grad(loss, words)[0])
+        strategy.observe(batch, mask, torch.autograd.grad(loss, words)[0])  # pure [MASK]: the masked are the hidden
     strategy.end_step()
 
 

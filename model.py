@@ -6,9 +6,10 @@ then Hugging Face checkpoints, then the few lines about files and errors that ev
 
 Shapes: B batch, L tokens, K tokens of interest per row, N tokens of interest in all, H hidden, V vocabulary.
 
-    >>> model, tokenizer = load_pretrained("runs/entropy-tiny-0", head="mlm")
+    model, tokenizer = load_pretrained("runs/entropy", head="mlm")
 """
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -232,12 +234,17 @@ class MaskedLMHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
 
 
-def columns(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions (B, L) bool -> rows (B, K), the True columns of each row in order, K those of the fullest row; and
-    real (B, K) bool, False where a shorter row was filled up with columns nobody asked for."""
-    K = int(positions.sum(1).max()) if len(positions) else 0
-    rows = positions.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :K]
-    return rows, positions.gather(1, rows)
+class Queries(NamedTuple):
+    """Which positions of a batch are read, as the encoder wants them (`query_positions`)."""
+    columns: Tensor  # (B, K) the wanted columns of each row in order; a row with fewer is filled up with others
+    chosen: Tensor  # (N,) which of the B · K columns, flattened, were wanted
+
+
+def query_positions(positions: Tensor) -> Queries:
+    """positions (B, L) bool, True where the hidden state is wanted; K is the number in the fullest row."""
+    K = int(positions.sum(1).max()) if len(positions) else 0  # a GPU's host waits here for the count, and below
+    columns = positions.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :K]
+    return Queries(columns, positions.gather(1, columns).flatten().nonzero()[:, 0])
 
 
 class BertForMaskedLM(nn.Module):
@@ -256,12 +263,12 @@ class BertForMaskedLM(nn.Module):
         inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         if positions is None:
             return self.bert(*inputs)
-        rows, real = columns(positions)
-        chosen = real.flatten().nonzero()[:, 0]  # (N,), found before the encoder runs: a GPU's host waits for the count
-        return self.bert(*inputs, rows=rows).flatten(0, 1)[chosen]  # (N, H)
+        queries = query_positions(positions) if isinstance(positions, Tensor) else positions
+        return self.bert(*inputs, rows=queries.columns).flatten(0, 1)[queries.chosen]  # (N, H)
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, positions=None):
-        """Logits (B, L, V); with positions (B, L) bool, logits (N, V) in the order of `hidden[positions]`."""
+        """Logits (B, L, V); with positions, a mask (B, L) bool or its `query_positions`, logits (N, V) in the order of
+        `hidden[positions]`."""
         return self.logits(self.hidden(input_ids, attention_mask, token_type_ids, inputs_embeds, positions))
 
 
@@ -556,6 +563,14 @@ def find_pretrained(name_or_dir: str) -> Path:
                          f"({type(error).__name__}): check the name and the network") from None
 
 
+def weights_digest(directory: str | Path) -> str:
+    """sha256 of a model directory's weight file: what tells one checkpoint from another, whatever they are called."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    path = next(path for name in names if (path := Path(directory) / name).exists())
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """model.safetensors, or else pytorch_model.bin (as plain tensors, never code). Raises InputError."""
     if (path := directory / "model.safetensors").exists():
@@ -615,6 +630,19 @@ def save_pretrained(model: nn.Module, tokenizer: Tokenizer, directory: Path):
 
 
 # --- what the command lines share ------------------------------------------------------------------------------------
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """An argparse type: a finite `kind` (int or float) with low <= value <= high and above < value < below."""
+    def convert(text: str):
+        value = kind(text)
+        if not (low <= value <= high and above < value < below and math.isfinite(value)):
+            bounds = {"at least": low, "at most": high, "above": above, "below": below}
+            said = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+            raise argparse.ArgumentTypeError(f"{text} is not {said or 'finite'}")
+        return value
+    convert.__name__ = kind.__name__  # argparse says "invalid int value: 'many'"
+    return convert
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # no "(default: None)"

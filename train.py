@@ -28,8 +28,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-import urllib.request
 import warnings
 import zipfile
 from argparse import BooleanOptionalAction, Namespace
@@ -47,18 +47,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from distill import init_student, kd_loss
-from masking import (STRATEGIES, Batch, Context, Random, Strategy, corrupt, evaluating, hidden_entropy,
+from masking import (STRATEGIES, Batch, Context, Random, Strategy, corrupt, evaluating, find_strategy, hidden_entropy,
                      position_entropy, random_mask)
 from model import (PRESETS, SPECIAL_TOKENS, BertConfig, BertForMaskedLM, InputError, Parser, RunError, can_write,
-                   load_pretrained, log, read_json, run_cli, save_pretrained, wordpiece_tokenizer, write_atomic)
+                   load_pretrained, log, query_positions, read_json, run_cli, save_pretrained, wordpiece_tokenizer, write_atomic)
 
 CACHE = Path("data/cache")
 TEACHER_MASK_RATE = 0.15  # of the automatic teacher
 YARDSTICK_RATE = 0.15  # of the held-out exam, whatever the run's own rate
-WIKITEXT = {  # name: address, bytes, sha256 of the archive
-    "wikitext-2": ("https://wikitext.smerity.com/wikitext-2-raw-v1.zip", 4721645,
+WIKITEXT = {  # name: address, sha256 of the archive
+    "wikitext-2": ("https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
                    "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
-    "wikitext-103": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip", 191984949,
+    "wikitext-103": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
                      "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
 }
 
@@ -104,8 +104,8 @@ def corpus_files(names: list[str]) -> list[Path]:
             folder = Path("data") / f"{name}-raw"
             found = [folder / "wiki.train.raw", folder / "wiki.valid.raw"]
             if not all(path.is_file() for path in found):
-                url, size, sha256 = WIKITEXT[name]
-                extract(download(url, Path("data") / Path(url).name, size, sha256), Path("data"))
+                url, sha256 = WIKITEXT[name]
+                unpack(download(url, Path("data") / Path(url).name, sha256), Path("data"))
         elif Path(name).is_dir():
             found = sorted(Path(name).rglob("*.txt"))
         else:
@@ -147,49 +147,31 @@ def read_corpus(names: list[str], fraction: float) -> tuple[list[list[str]], lis
     return documents[:math.ceil(fraction * len(documents))], held_out
 
 
-def fetch(url: str, size: int, name: str) -> bytes:
-    """The bytes at `url`, at most a few more than `size` of them, with a progress bar."""
-    request, data = urllib.request.Request(url, headers={"User-Agent": "minimask"}), bytearray()
-    with urllib.request.urlopen(request, timeout=60) as response, \
-            tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
-        while len(data) <= size and (block := response.read(1 << 16)):
-            data += block
-            bar.update(len(block))
-    return bytes(data)
-
-
-def download(url: str, path: Path, size: int, sha256: str) -> Path:
-    """Sees to it that the file of `size` bytes is at `path`. It appears there only when its sha256 is right; one that is
-    there already is checked too. Raises InputError, saying which file to put where."""
-    here = path.exists()
-    try:
-        data = path.read_bytes() if here else fetch(url, size, path.name)
-    except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
-        raise InputError(f"could not fetch {url} ({error}): put that file at {path} yourself") from None
-    if (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise InputError(f"{path if here else url} has {len(data):,} bytes with sha256 {found[:12]}..., expected {size:,} "
-                         f"with {sha256[:12]}...: {'delete it' if here else 'try again'}, or put the right file at {path}")
-    if not here:
-        write_atomic(path, data)
+def download(url: str, path: Path, sha256: str) -> Path:
+    """Sees to it that the file at `url` is at `path`. It appears there only when its sha256 is right; one that is there
+    already is checked too. Raises InputError, saying which file to put where."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, ValueError, RuntimeError) as error:  # no network, a bad address, another hash
+            raise InputError(f"could not fetch {url} ({error}): put that file at {path} yourself") from None
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise InputError(f"{path} has sha256 {found[:12]}..., expected {sha256[:12]}...: delete it, or put the right file "
+                         f"from {url} there")
     return path
 
 
-def extract(archive: Path, folder: Path):
-    """Unpacks a .zip, member by member, inside `folder`. Raises InputError before anything is written where a member
-    would land outside it or the archive is broken."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            members = [member for member in file.infolist() if not member.is_dir()]
-            for member in members:
-                target = (folder / member.filename).resolve()
-                if not target.is_relative_to(folder.resolve()):
-                    raise InputError(f"{archive} holds {member.filename!r}, which leads out of {folder}: do not trust it")
-            if broken := file.testzip():
-                raise InputError(f"{archive}: {broken} is damaged: delete the archive and try again")
-            for member in members:
-                write_atomic(folder / member.filename, file.read(member))
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{archive} is not a sound .zip ({error}): delete it and try again") from None
+def unpack(archive: Path, folder: Path):
+    """Unpacks a .zip into `folder`, whole or not at all; members that lead out of it are left out. Raises InputError."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        try:
+            shutil.unpack_archive(archive, temporary)
+        except (shutil.ReadError, zipfile.BadZipFile) as error:
+            raise InputError(f"{archive} is not a sound .zip ({error}): delete it and try again") from None
+        shutil.copytree(temporary, folder, dirs_exist_ok=True, copy_function=os.replace)
 
 
 # --- tokens and windows ----------------------------------------------------------------------------------------------
@@ -395,7 +377,8 @@ class Trainer:
         corrupted, labels = corrupt(batch.input_ids, mask, vocab.mask_id, vocab.size, recipe.corruption, self.generator,
                                     vocab.special_ids)
         targets = labels[mask]  # (N,)
-        inputs = {"attention_mask": batch.attention_mask, "token_type_ids": batch.token_type_ids, "positions": mask}
+        inputs = {"attention_mask": batch.attention_mask, "token_type_ids": batch.token_type_ids,
+                  "positions": query_positions(mask)}
         with self.autocast():
             words = self.model.bert.embeddings.word_embeddings(corrupted)  # (B, L, H)
             if self.strategy.wants_gradient:
@@ -409,7 +392,8 @@ class Trainer:
                 loss = logits.sum()  # nothing is masked: zero, with a gradient for every parameter
         (loss * world_size() / masked_in_all).backward()  # ranks are averaged; every masked token counts the same
         if self.strategy.wants_gradient:
-            self.strategy.observe(batch, mask, words.grad / world_size())
+            hidden = corrupted != batch.input_ids  # a kept token is visible: [T] counts it as such
+            self.strategy.observe(batch, hidden, words.grad / world_size())
         return loss.detach()
 
     def step(self, step: int) -> Tensor:
@@ -550,6 +534,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(f"{kind}:{number}" if number else kind)
 
 
+def use_bf16(device: torch.device, asked: bool | None) -> bool:
+    """What the user asked for; without a word, bfloat16 on a GPU that has it."""
+    return (device.type == "cuda" and torch.cuda.is_bf16_supported()) if asked is None else asked
+
+
 def corpus_state(names: list[str]) -> list:
     """What changes when the corpus does: the files' names, sizes and times, or Python's version."""
     if names == ["docs"]:
@@ -598,7 +587,7 @@ def find_teacher(args: Namespace) -> str | None:
     here and now. None where nobody wants one; a resumed run keeps its own."""
     if args.resume:
         return read_json(Path(args.resume) / "train_args.json").get("teacher_dir")
-    wanted = STRATEGIES[args.masking].needs_teacher or args.kd_weight or args.student_init != "random"
+    wanted = find_strategy(args.masking).needs_teacher or args.kd_weight or args.student_init != "random"
     if not wanted or args.teacher or args.init:
         return args.teacher or (args.init if wanted else None)
     reference = reference_args(args)
@@ -655,10 +644,11 @@ def start_at_frequency(model: BertForMaskedLM, token_counts: Tensor):
     model.head.bias.copy_((counts / counts.sum()).log())
 
 
-def build_strategy(name: str, model: BertForMaskedLM, texts: Texts, teacher_entropy, args: Namespace) -> Strategy:
+def build_strategy(name: str, model: BertForMaskedLM, texts: Texts, args: Namespace,
+                   teacher_entropy: Tensor | None = None) -> Strategy:
     """A row of STRATEGIES, made for these texts. args: mask_rate, entropy_select, entropy_input, typhoon_spread and
-    typhoon_ema; teacher_entropy: called without arguments by the strategy that wants the table."""
-    return STRATEGIES[name](Context(args.mask_rate, model, texts.token_counts(), texts.vocab.continuation,
+    typhoon_ema; teacher_entropy (n, L): for a strategy that needs a teacher."""
+    return find_strategy(name)(Context(args.mask_rate, model, texts.token_counts(), texts.vocab.continuation,
                                     texts.vocab.mask_id, teacher_entropy, args.entropy_select, args.entropy_input,
                                     args.typhoon_spread, args.typhoon_ema))
 
@@ -752,7 +742,7 @@ def versions() -> dict[str, str | None]:
 def set_up(args: Namespace) -> tuple[Trainer, Texts, Tokenizer, str | None]:
     """Everything a run needs before its first step: (trainer, held-out texts, tokenizer, the teacher's directory)."""
     device = pick_device(args.device)
-    bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+    bf16 = use_bf16(device, args.bf16)
     torch.manual_seed(args.seed)  # of a head that --init may lack
     init, init_pieces = load_pretrained(args.init, "mlm", dropout=args.dropout) if args.init else (None, None)
     teacher, teacher_pieces = load_pretrained(args.teacher, "mlm", whole=True) if args.teacher else (None, None)
@@ -767,8 +757,9 @@ def set_up(args: Namespace) -> tuple[Trainer, Texts, Tokenizer, str | None]:
     texts, held_out = (Texts(torch.from_numpy(arrays[part]).to(device), vocab) for part in ("train", "held_out"))
     if not args.init:
         start_at_frequency(model, texts.token_counts())
-    table = functools.partial(cached_entropies, teacher, texts, args, bf16)
-    strategy = build_strategy(args.masking, model, texts, table, args)
+    needs_table = find_strategy(args.masking).needs_teacher
+    table = cached_entropies(teacher, texts, args, bf16) if needs_table else None
+    strategy = build_strategy(args.masking, model, texts, args, table)
     recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__} | {"bf16": bf16})
     if args.compile:
         model.bert.compile()

@@ -191,7 +191,7 @@ def make_trainer(name, preset, vocab_size, device="cpu", bf16=False, rows=ROWS):
     texts = random_texts(vocab_size, rows * 4, LENGTH, device)
     model = pair(preset, vocab_size, 0.1, device)[0]
     table = torch.rand(texts.input_ids.shape, device=device) * 9
-    context = masking.Context(RATE, model, texts.token_counts(), texts.vocab.continuation, 4, lambda: table)
+    context = masking.Context(RATE, model, texts.token_counts(), texts.vocab.continuation, 4, table)
     recipe = train.Recipe(steps=10_000, batch_size=rows, lr=1e-5, bf16=bf16)
     return train.Trainer(model, texts, masking.STRATEGIES[name](context), recipe)
 

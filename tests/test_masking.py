@@ -45,7 +45,7 @@ def test_top_k_is_numpys_sort():
 def context(model, texts, rate=0.15, **options):
     table = torch.rand(texts.input_ids.shape, generator=generator()) * 5
     return Context(rate, model, texts.token_counts(), texts.vocab.continuation, texts.vocab.mask_id,
-                   lambda: table, **options)
+                   table, **options)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from model import (Bert, BertConfig, BertForMaskedLM, Dropout, InputError, RunError, SelfAttention, columns,
-                   find_pretrained, load_pretrained, read_safetensors, save_pretrained, to_hf, wordpiece_tokenizer,
+from model import (Bert, BertConfig, BertForMaskedLM, Dropout, InputError, RunError, SelfAttention,
+                   find_pretrained, load_pretrained, query_positions, read_safetensors, save_pretrained, to_hf, wordpiece_tokenizer,
                    write_atomic, write_safetensors)
 from record_reference import inputs
 
@@ -139,11 +139,10 @@ def test_bf16_stays_near_fp32():
     assert (half.float() - plain).norm() / plain.norm() < 0.02
 
 
-def test_columns_by_hand():
-    rows, real = columns(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool())
-    assert rows.shape == (3, 2)
-    assert rows[real].tolist() == [1, 3, 2]
-    assert real.tolist() == [[True, True], [False, False], [True, False]]
+def test_query_positions_by_hand():
+    columns, chosen = query_positions(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool())
+    assert columns.shape == (3, 2) and columns[0].tolist() == [1, 3] and columns[2, 0] == 2
+    assert chosen.tolist() == [0, 1, 4]
 
 
 def test_inputs_embeds_replace_the_word_lookup():

@@ -45,7 +45,7 @@ def weights(run):
 
 def trainer(model, texts, name="random", **numbers):
     context = Context(0.3, model, texts.token_counts(), texts.vocab.continuation, texts.vocab.mask_id,
-                      lambda: torch.rand(texts.input_ids.shape, generator=torch.Generator().manual_seed(0)))
+                      torch.rand(texts.input_ids.shape, generator=torch.Generator().manual_seed(0)))
     recipe = Recipe(**{"steps": 10, "batch_size": 8, "lr": 1e-3, **numbers})
     return Trainer(model, texts, STRATEGIES[name](context), recipe)
 
