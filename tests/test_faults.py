@@ -203,9 +203,9 @@ CASES = {
         *((f"--teacher {name}", said) for name, said in {
             "cut": "cut/model.safetensors is not a sound safetensors file", "no-config": "no-config has no config.json",
             "no-weights": "neither model.safetensors nor pytorch_model.bin", "no-tokenizer": "neither tokenizer.json nor",
-            "bad-tokenizer": "bad-tokenizer/tokenizer.json cannot be read", "bad-vocab": "vocab.txt is not UTF-8 (byte offset 6",
+            "bad-tokenizer": "bad-tokenizer/tokenizer.json cannot be read", "bad-vocab": "bad-vocab/vocab.txt cannot be read ('utf-8' codec",
             "stray-id": "the tokenizer has 1,000 word pieces, the model 11", "not-json": "not-json/config.json is not JSON",
-            "no-heads": "num_attention_heads is 0", "minus": "intermediate_size is -24", "pad": "pad_token_id 99",
+            "no-heads": "num_attention_heads is 0", "minus": "intermediate_size is -24", "pad": "pad_token_id is 99",
             "wide": "its config.json asks for (11, 32)", "text-size": "config.json has hidden_size = '16'",
             "dropout": "hidden_dropout_prob is 1.5", "roberta": "only bert and distilbert", "narrow": "query.weight is (16, 3)",
             "deep": "1,000,000,000 layers", "huge": "that no memory holds", "huger": "that no memory holds",

@@ -1,14 +1,20 @@
-"""The encoder computes what Hugging Face's computes, reads what it writes, and believes no file before it is checked."""
+"""The encoder computes what Hugging Face's computes, reads what it writes, and believes no file
+before it is checked."""
+import hashlib
 import json
+import logging
 import math
 import struct
 from pathlib import Path
 
+import model as implementation
+import numpy as np
 import pytest
 import torch
-from model import (Bert, BertConfig, BertForMaskedLM, Dropout, InputError, RunError, SelfAttention,
-                   find_pretrained, load_pretrained, query_positions, read_safetensors, save_pretrained, to_hf, wordpiece_tokenizer,
-                   write_atomic, write_safetensors)
+from model import (SPECIAL_TOKENS, Bert, BertConfig, BertForMaskedLM, Block, Dropout, InputError,
+                   RunError, SelfAttention, find_pretrained, load_pretrained, load_tokenizer,
+                   local_start, query_positions, read_safetensors, save_pretrained, to_hf,
+                   weights_digest, wordpiece_tokenizer, write_atomic, write_safetensors)
 from record_reference import inputs
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
@@ -20,15 +26,17 @@ def load(kind, head):
     batch = inputs()
     if kind == "distilbert":
         del batch["token_type_ids"]
-    return model.eval(), tokenizer, batch, read_safetensors(REFERENCE / f"{kind}-{head}" / "answers.safetensors")
+    answers = read_safetensors(REFERENCE / f"{kind}-{head}" / "answers.safetensors")
+    return model.eval(), tokenizer, batch, answers
 
 
 def small(**fields) -> BertConfig:
-    return BertConfig(**{"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-                         "intermediate_size": 24, "max_position_embeddings": 32, **fields})
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 24, "max_position_embeddings": 32}
+    return BertConfig(**(sizes | fields))
 
 
-# --- the same numbers as the reference implementation ----------------------------------------------------------------
+# --- the same numbers as the reference implementation ---------------------------------------------
 
 @pytest.mark.parametrize("kind, head", CASES)
 def test_logits_and_hidden_states_are_the_recorded_ones(kind, head):
@@ -66,25 +74,95 @@ def test_save_then_load_gives_the_same_weights(kind, head, tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-# --- fewer operations, the same numbers ------------------------------------------------------------------------------
+# --- fewer operations, the same numbers -----------------------------------------------------------
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_fused_attention_is_the_formula(padded):
     torch.manual_seed(0)
     attention, hidden = SelfAttention(small()).eval(), torch.randn(3, 7, 16)
     key_mask = (torch.arange(7) < torch.tensor([[7], [4], [1]]))[:, None, None] if padded else None
-    fused = attention(hidden, key_mask)
+    fused = attention(hidden, hidden, key_mask)
     attention.fused = False
-    torch.testing.assert_close(fused, attention(hidden, key_mask), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(fused, attention(hidden, hidden, key_mask), atol=1e-6, rtol=1e-5)
 
 
-def test_attention_by_hand():
-    """One head of width 1, two tokens, identity projections: softmax([1·1, 1·2]) over values 1, 2."""
-    attention = SelfAttention(small(hidden_size=1, num_attention_heads=1)).eval()
-    for linear, rows in ((attention.qkv, 3), (attention.output, 1)):
-        linear.weight.data, linear.bias.data = torch.ones(rows, 1), torch.zeros(rows)
-    got = attention(torch.tensor([[[1.0], [2.0]]]))[0, 0, 0].item()
-    assert got == pytest.approx((math.e * 1 + math.e ** 2 * 2) / (math.e + math.e ** 2), rel=1e-6)
+def attention_in_loops(attention, asking, hidden, readable):
+    """Vaswani et al. 2017 §3.2 for one text, number by number: asking (K, H), hidden (L, H) and
+    readable (L,) bool -> (K, H)."""
+    def project(linear, x):
+        return x @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
+
+    q, k = project(attention.query, asking), project(attention.key, hidden)
+    v = project(attention.value, hidden)
+    width = q.shape[1] // attention.heads
+    mixed = np.zeros_like(q)
+    for head in range(attention.heads):
+        columns = range(head * width, (head + 1) * width)
+        for i in range(len(q)):
+            strengths = []
+            for j in range(len(k)):
+                score = sum(q[i, c] * k[j, c] for c in columns) / math.sqrt(width)
+                strengths.append(math.exp(score) if readable[j] else 0.0)
+            for c in columns:
+                mixed[i, c] = sum(s * v[j, c] for j, s in enumerate(strengths)) / sum(strengths)
+    return project(attention.output, mixed)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("K", [5, 2])
+def test_attention_is_the_papers_formula_in_loops(fused, K):
+    """Two heads of width 3, five tokens, some unreadable, all or two of them asking."""
+    torch.manual_seed(0)
+    attention = SelfAttention(small(hidden_size=6)).eval()
+    attention.fused = fused
+    for p in attention.parameters():
+        torch.nn.init.normal_(p)
+    hidden = torch.randn(3, 5, 6)
+    readable = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 1, 0, 0, 0]]).bool()
+    got = attention(hidden[:, -K:], hidden, readable[:, None, None])
+    for b in range(3):
+        numbers = hidden[b].double().numpy()
+        expected = attention_in_loops(attention, numbers[-K:], numbers, readable[b])
+        np.testing.assert_allclose(got[b].detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+def test_attention_drops_weights_and_not_what_is_read():
+    """Uniform attention over 8 values of 1, dropout 1/2: a head reads 2/8 of the number of weights
+    that it kept, the same in every one of its columns, and 1 on average."""
+    torch.manual_seed(0)
+    attention = SelfAttention(small(hidden_size=8, attention_probs_dropout_prob=0.5))
+    for p in attention.parameters():
+        torch.nn.init.zeros_(p)
+    torch.nn.init.eye_(attention.output.weight)
+    torch.nn.init.ones_(attention.value.bias)
+    hidden = torch.randn(200, 8, 8)
+    read = attention(hidden, hidden).unflatten(-1, (2, 4))  # (200, 8, 2 heads, 4)
+    torch.testing.assert_close(read, read[..., :1].expand_as(read))
+    kept = read[..., 0] * 4  # (200, 8, 2), how many of 8
+    torch.testing.assert_close(kept, kept.round())
+    assert len(kept.round().unique()) > 5
+    assert (kept[..., 0] - kept[..., 1]).abs().max() > 0.5  # each head drops on its own
+    assert kept.mean().item() == pytest.approx(4, abs=4 * math.sqrt(2 / kept.numel()))
+
+
+def test_a_block_drops_what_attention_and_feed_forward_add_and_never_the_residual():
+    """With everything dropped, only the two normalised residuals are left."""
+    torch.manual_seed(0)
+    block = Block(small(hidden_dropout_prob=1.0, attention_probs_dropout_prob=0.0))
+    for p in block.parameters():
+        torch.nn.init.normal_(p)
+    hidden = torch.randn(3, 5, 16)
+    torch.testing.assert_close(block(hidden), block.output_norm(block.attention_norm(hidden)))
+
+
+def test_without_training_nothing_is_dropped():
+    torch.manual_seed(0)
+    model = BertForMaskedLM(small(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)).eval()
+    plain = BertForMaskedLM(small(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(**inputs()), plain(**inputs()))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -94,13 +172,15 @@ def test_dropout_zeroes_its_share_and_scales_the_rest(p):
     y = Dropout(p)(x)
     y.sum().backward()
     dropped = y == 0
-    torch.testing.assert_close(y[~dropped], torch.full_like(y[~dropped], 3 / (1 - p)), atol=0, rtol=1e-4)
+    kept = y[~dropped]
+    torch.testing.assert_close(kept, torch.full_like(kept, 3 / (1 - p)), atol=0, rtol=1e-4)
     torch.testing.assert_close(x.grad, y.detach() / 3)
     assert abs(dropped.float().mean() - p) < 4 * math.sqrt(p * (1 - p) / x.numel())
-    ahead = dropped.flatten()[:-1] & dropped.flatten()[1:]  # neighbours share a draw, and fall independently
-    assert abs(ahead.float().mean() - p * p) < 5 * math.sqrt(p * p / x.numel())
-    rows = dropped.flatten()[:x.numel() // 4 * 4].view(-1, 4).float().mean(0)  # each of the four coins of a draw
-    assert ((rows - p).abs() < 5 * math.sqrt(4 * p * (1 - p) / x.numel())).all()
+    dropped = dropped.flatten()
+    pairs = dropped[:-1] & dropped[1:]  # neighbours share a draw, and fall independently
+    assert abs(pairs.float().mean() - p * p) < 5 * math.sqrt(p * p / x.numel())
+    quarters = dropped[:x.numel() // 4 * 4].view(-1, 4).float().mean(0)  # the four coins of a draw
+    assert ((quarters - p).abs() < 5 * math.sqrt(4 * p * (1 - p) / x.numel())).all()
 
 
 @pytest.mark.parametrize("p, kept", [(0.0, 1.0), (1.0, 0.0)])
@@ -140,7 +220,8 @@ def test_bf16_stays_near_fp32():
 
 
 def test_query_positions_by_hand():
-    columns, chosen = query_positions(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool())
+    mask = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool()
+    columns, chosen = query_positions(mask)
     assert columns.shape == (3, 2) and columns[0].tolist() == [1, 3] and columns[2, 0] == 2
     assert chosen.tolist() == [0, 1, 4]
 
@@ -152,8 +233,8 @@ def test_inputs_embeds_replace_the_word_lookup():
     assert torch.equal(model(ids), model(inputs_embeds=words))
 
 
-@pytest.mark.parametrize("name, millions", [("tiny", 4.4), ("mini", 11.2), ("small", 28.8), ("medium", 41.4),
-                                            ("base", 109.5)])
+@pytest.mark.parametrize("name, millions", [
+    ("tiny", 4.4), ("mini", 11.2), ("small", 28.8), ("medium", 41.4), ("base", 109.5)])
 def test_presets_have_the_published_sizes(name, millions):
     """Turc et al. 2019, table 1 (with the pooler, without the MLM head)."""
     with torch.device("meta"):
@@ -161,7 +242,7 @@ def test_presets_have_the_published_sizes(name, millions):
     assert round(count / 1e6, 1) == pytest.approx(millions, abs=0.1)
 
 
-# --- checkpoints as they come ----------------------------------------------------------------------------------------
+# --- checkpoints as they come ---------------------------------------------------------------------
 
 def rewrite(tmp_path, source, change):
     """A copy of a recorded checkpoint whose weights went through `change`."""
@@ -173,16 +254,22 @@ def rewrite(tmp_path, source, change):
 
 
 def old_names(weights):
-    return {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): w
-            for name, w in weights.items()}
+    """LayerNorms as BERT's first checkpoints call them."""
+    renamed = {}
+    for name, w in weights.items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        renamed[name.replace("LayerNorm.bias", "LayerNorm.beta")] = w
+    return renamed
 
 
 def bare(weights):
-    return {name.removeprefix("bert."): w for name, w in weights.items() if name.startswith("bert.")}
+    encoder = {name: w for name, w in weights.items() if name.startswith("bert.")}
+    return {name.removeprefix("bert."): w for name, w in encoder.items()}
 
 
 def extra(weights):
-    return weights | {"fit_denses.0.weight": torch.zeros(2, 2), "cls.seq_relationship.weight": torch.zeros(2, 16)}
+    return weights | {"fit_denses.0.weight": torch.zeros(2, 2),
+                      "cls.seq_relationship.weight": torch.zeros(2, 16)}
 
 
 @pytest.mark.parametrize("change, unused, missing", [
@@ -192,6 +279,7 @@ def test_old_bare_and_larger_checkpoints_load_and_say_so(change, unused, missing
     again, _ = load_pretrained(rewrite(tmp_path, "bert-mlm", change), head="mlm")
     torch.testing.assert_close(again.eval().bert(**batch), model.bert(**batch))
     assert unused in caplog.text and missing in caplog.text
+    assert "seq_relationship" not in caplog.text  # the head of another task
     assert bool(caplog.text) == bool(unused or missing)
 
 
@@ -207,31 +295,47 @@ def test_a_pytorch_bin_is_read_as_tensors_only(tmp_path):
         load_pretrained(tmp_path, head="mlm")
 
 
-def test_a_pooler_that_is_not_there_is_named(caplog):
+def test_a_new_classification_head_is_one_calm_line(caplog):
+    """A pretrained checkpoint never has one, and its masked-LM head is left out silently."""
     load_pretrained(REFERENCE / "bert-mlm", head="classification", num_labels=2)
-    assert "bert.pooler.weight" in caplog.text and "classifier.weight" in caplog.text
+    record, = caplog.records
+    assert record.levelno == logging.INFO and "bert-mlm: new classification head" in record.message
+    assert "(classifier, pooler)" in record.message
 
 
 def test_another_number_of_labels_gets_a_fresh_head(caplog):
-    model, _ = load_pretrained(REFERENCE / "bert-classification", head="classification", num_labels=5)
-    assert model.classifier.out_features == 5 and "classifier.weight" in caplog.text
-    same, _ = load_pretrained(REFERENCE / "bert-classification", head="classification")
+    checkpoint = REFERENCE / "bert-classification"
+    model, _ = load_pretrained(checkpoint, head="classification", num_labels=5)
+    assert model.classifier.out_features == 5 and "head (classifier)" in caplog.text
+    same, _ = load_pretrained(checkpoint, head="classification")
     assert same.classifier.out_features == 3
+
+
+def test_a_missing_masked_lm_head_is_a_warning_and_no_teacher(caplog):
+    load_pretrained(REFERENCE / "bert-classification", head="mlm")
+    record, = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "not found, freshly initialised: head.bias, head.dense.weight" in record.message
+    with pytest.raises(InputError, match="no whole masked-LM head"):
+        load_pretrained(REFERENCE / "bert-classification", head="mlm", whole=True)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_dropout_is_what_the_caller_asks_for(dropout):
-    """In the embeddings, in attention and before the classifier, whatever the checkpoint (0.1) says."""
-    model, _ = load_pretrained(REFERENCE / "bert-classification", head="classification", dropout=dropout)
+    """In the embeddings, in attention and before the classifier; the checkpoint says 0.1."""
+    checkpoint = REFERENCE / "bert-classification"
+    model, _ = load_pretrained(checkpoint, head="classification", dropout=dropout)
     ids, attention = inputs()["input_ids"], model.train().bert.layers[0].attention
     hidden = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
-    for module, example in ((model.bert.embeddings, ids), (attention, hidden), (model, ids)):
-        assert torch.equal(module(example), module(example)) == (dropout == 0)
+    for module, example in ((model.bert.embeddings, [ids]), (attention, [hidden, hidden]),
+                            (model, [ids])):
+        assert torch.equal(module(*example), module(*example)) == (dropout == 0)
 
 
 @pytest.mark.parametrize("name, value, said", [
-    ("model_type", "roberta", "roberta"), ("hidden_act", "relu", "relu"), ("hidden_size", "16", "hidden_size"),
-    ("num_attention_heads", 3, "3 heads"), ("hidden_size", 32, "word_embeddings"), ("vocab_size", 50, "word pieces"),
+    ("model_type", "roberta", "roberta"), ("hidden_act", "relu", "relu"),
+    ("hidden_size", "16", "hidden_size"), ("num_attention_heads", 3, "3 heads"),
+    ("hidden_size", 32, "word_embeddings"), ("vocab_size", 50, "word pieces"),
     ("num_hidden_layers", 4, "lack"), ("position_embedding_type", "relative_key", "relative_key")])
 def test_a_config_that_does_not_fit_is_refused(name, value, said, tmp_path):
     rewrite(tmp_path, "bert-mlm", lambda weights: weights)
@@ -241,10 +345,24 @@ def test_a_config_that_does_not_fit_is_refused(name, value, said, tmp_path):
         load_pretrained(tmp_path, head="mlm")
 
 
+def test_half_precision_weights_with_their_decoder_load(tmp_path):
+    model, _, batch, _ = load("bert", "mlm")
+    words = "bert.embeddings.word_embeddings.weight"
+
+    def halve(weights):
+        tied = weights | {"cls.predictions.decoder.weight": weights[words]}
+        return {name: w.half() for name, w in tied.items()}
+
+    again, _ = load_pretrained(rewrite(tmp_path, "bert-mlm", halve), head="mlm")
+    assert again.head.bias.dtype == torch.float32
+    torch.testing.assert_close(again.eval()(**batch), model(**batch), atol=0.02, rtol=0.02)
+
+
 def test_an_untied_decoder_is_refused(tmp_path):
-    untie = rewrite(tmp_path, "bert-mlm", lambda weights: weights | {"cls.predictions.decoder.weight": torch.ones(60, 16)})
+    decoder = {"cls.predictions.decoder.weight": torch.ones(60, 16)}
+    rewrite(tmp_path, "bert-mlm", lambda weights: weights | decoder)
     with pytest.raises(InputError, match="not tied"):
-        load_pretrained(untie, head="mlm")
+        load_pretrained(tmp_path, head="mlm")
 
 
 def test_a_mistyped_path_never_goes_to_the_hub(tmp_path, monkeypatch):
@@ -257,13 +375,112 @@ def test_a_mistyped_path_never_goes_to_the_hub(tmp_path, monkeypatch):
 
 def test_the_tokenizer_is_berts():
     """Wordpieces by hand: lower case, accents off, punctuation apart, longest match first."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "cafe", ",", "!"]
+    words = [*SPECIAL_TOKENS, "un", "##aff", "##able", "cafe", ",", "!"]
     tokenizer = wordpiece_tokenizer({word: i for i, word in enumerate(words)})
-    assert tokenizer.encode("Unaffable, CAFÉ!").tokens == ["[CLS]", "un", "##aff", "##able", ",", "cafe", "!", "[SEP]"]
+    assert tokenizer.encode("Unaffable, CAFÉ!").tokens == [
+        "[CLS]", "un", "##aff", "##able", ",", "cafe", "!", "[SEP]"]
     assert tokenizer.encode("un [MASK] xyz").tokens == ["[CLS]", "un", "[MASK]", "[UNK]", "[SEP]"]
 
 
-# --- safetensors: nothing is believed before it is checked -----------------------------------------------------------
+@pytest.mark.parametrize("kind, name", [("bert", "BertTokenizer"),
+                                        ("distilbert", "DistilBertTokenizer")])
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_the_saved_tokenizer_settings_are_what_hugging_face_reads(kind, name, lowercase, tmp_path):
+    """And vocab.txt alone, with these settings, is the same tokenizer again."""
+    words = [*SPECIAL_TOKENS, "Cat", "cat"]
+    tokenizer = wordpiece_tokenizer({word: i for i, word in enumerate(words)}, lowercase)
+    save_pretrained(BertForMaskedLM(small(model_type=kind)), tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings == {"tokenizer_class": name, "model_max_length": 32, "do_lower_case": lowercase}
+    (tmp_path / "tokenizer.json").unlink()
+    again = load_tokenizer(tmp_path).encode("Cat cat").tokens
+    assert again == tokenizer.encode("Cat cat").tokens
+    assert again[1] == ("cat" if lowercase else "Cat")
+
+
+def test_hugging_face_truncates_with_the_saved_tokenizer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer, _, _ = load("bert", "mlm")
+    save_pretrained(model, tokenizer, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs("w1 " * 900, truncation=True)["input_ids"]  # 902 tokens with [CLS] and [SEP]
+    assert len(ids) == 32 and ids[0] == 2 and ids[-1] == 3
+
+
+def test_a_digest_tells_weights_apart_and_not_directories(tmp_path):
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        write_safetensors(tmp_path / name / "model.safetensors", {"x": torch.tensor(value)})
+    a, b, c = (weights_digest(tmp_path / name) for name in "abc")
+    assert a == b != c
+    assert a == hashlib.sha256((tmp_path / "a/model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_directory_without_weights_has_no_digest(tmp_path):
+    with pytest.raises(InputError, match="neither model.safetensors nor pytorch_model.bin"):
+        weights_digest(tmp_path)
+    with pytest.raises(InputError, match="is not a model directory"):
+        weights_digest(tmp_path / "none")
+
+
+# --- the start of a fresh model -------------------------------------------------------------------
+
+def fresh(local: bool, preset="tiny", **fields) -> BertForMaskedLM:
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig.preset(preset, **({"vocab_size": 200} | fields))).eval()
+    if local:
+        local_start(model)
+    return model
+
+
+def test_local_start_sets_sines_at_a_multiple_of_the_words_size(monkeypatch):
+    """Vaswani et al. 2017 §3.5: PE(pos, 2i) = sin(pos / 10000^(2i / H)), PE(pos, 2i + 1) = cos."""
+    monkeypatch.setattr(implementation, "POSITION_SCALE", 3.0)
+    embeddings = fresh(True).bert.embeddings
+    words, positions = embeddings.word_embeddings.weight, embeddings.position_embeddings.weight
+    assert positions.shape == (512, 128)
+    rms = words.square().mean().sqrt()
+    torch.testing.assert_close(positions.square().mean().sqrt(), 3 * rms, rtol=1e-3, atol=0)
+    waves = positions / (3 * rms * math.sqrt(2))
+    for pos in (0, 1, 7, 511):
+        for i in (0, 1, 20, 63):
+            angle = pos / 10000 ** (2 * i / 128)
+            assert waves[pos, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-4)
+            assert waves[pos, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-4)
+
+
+def test_local_start_copies_the_query_matrix_and_leaves_all_else_untouched(monkeypatch):
+    monkeypatch.setattr(implementation, "QUERY_KEY_SCALE", 1.5)
+    plain, local = fresh(False).state_dict(), fresh(True).state_dict()
+    assert plain.keys() == local.keys()
+    for name, value in local.items():
+        if name.endswith(("query.weight", "key.weight")):
+            torch.testing.assert_close(value, 1.5 * plain[name.replace("key.", "query.")])
+        elif name != "bert.embeddings.position_embeddings.weight":
+            assert torch.equal(value, plain[name]), name
+
+
+@torch.no_grad()
+def near_over_far(model) -> float:
+    """Mean attention to the six nearest other tokens over that to tokens 20 or more away, in the
+    first layer, over heads and random texts."""
+    ids = torch.randint(5, 200, (8, 64), generator=torch.Generator().manual_seed(1))
+    hidden, attention = model.bert.embeddings(ids), model.bert.layers[0].attention
+    q = attention.split_heads(attention.query(hidden))
+    k = attention.split_heads(attention.key(hidden))
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1))  # (L, L)
+    distance = (torch.arange(64)[:, None] - torch.arange(64)).abs()
+    near, far = weights[(distance > 0) & (distance <= 3)].mean(), weights[distance >= 20].mean()
+    return (near / far).item()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mini", "small", "medium", "base"])
+def test_only_the_local_start_attends_to_neighbours(preset):
+    layers = {"num_hidden_layers": 1}  # that of the first is measured
+    assert 0.97 < near_over_far(fresh(False, preset, **layers)) < 1.03
+    assert near_over_far(fresh(True, preset, **layers)) > 1.3
+
+
+# --- safetensors: nothing is believed before it is checked ----------------------------------------
 
 def safetensors_bytes(header, body=b"", length=None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -274,21 +491,30 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
+ENTRY = json.dumps(entry()).encode()
 GOOD = safetensors_bytes({"a": entry(), "b": entry("U8", (3,), (8, 11))}, bytes(11))
 BAD = {
-    "empty": b"", "cut in the length": GOOD[:4], "cut after the length": GOOD[:8], "cut in the header": GOOD[:30],
-    "cut after the header": GOOD[:-11], "cut in the first tensor": GOOD[:-7], "cut between tensors": GOOD[:-3],
-    "cut before the last byte": GOOD[:-1], "one byte too many": GOOD + b"\0",
+    "empty": b"",
+    "cut in the length": GOOD[:4],
+    "cut after the length": GOOD[:8],
+    "cut in the header": GOOD[:30],
+    "cut after the header": GOOD[:-11],
+    "cut in the first tensor": GOOD[:-7],
+    "cut between tensors": GOOD[:-3],
+    "cut before the last byte": GOOD[:-1],
+    "one byte too many": GOOD + b"\0",
     "header length 2^63": safetensors_bytes({"a": entry()}, bytes(8), 2 ** 63),
     "header length 2^64 - 1": safetensors_bytes({"a": entry()}, bytes(8), 2 ** 64 - 1),
     "header length 0": safetensors_bytes({"a": entry()}, bytes(8), 0),
-    "header one byte short": safetensors_bytes({"a": entry()}, bytes(8), len(json.dumps({"a": entry()})) - 1),
+    "header one byte short": safetensors_bytes({"a": entry()}, bytes(8), len(ENTRY) + 6),
     "header over 100 MB": safetensors_bytes({"a": entry()}, bytes(8), 100_000_001),
-    "not JSON": safetensors_bytes(b"{nonsense", bytes(8)), "not UTF-8": safetensors_bytes(b'{"\xff": 1}', bytes(8)),
-    "a list": safetensors_bytes([entry()], bytes(8)), "a number": safetensors_bytes(b"7"),
+    "not JSON": safetensors_bytes(b"{nonsense", bytes(8)),
+    "not UTF-8": safetensors_bytes(b'{"\xff": 1}', bytes(8)),
+    "a list": safetensors_bytes([entry()], bytes(8)),
+    "a number": safetensors_bytes(b"7"),
     "an entry that is no object": safetensors_bytes({"a": 7}, bytes(8)),
     "deeply nested": safetensors_bytes(b"[" * 100_000),
-    "a key twice": safetensors_bytes(b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)),
+    "a key twice": safetensors_bytes(b'{"a": %b, "a": %b}' % (ENTRY, ENTRY), bytes(8)),
     "no dtype": safetensors_bytes({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
     "no shape": safetensors_bytes({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8)),
     "no offsets": safetensors_bytes({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
@@ -309,6 +535,7 @@ BAD = {
     "the same bytes twice": safetensors_bytes({"a": entry(), "b": entry()}, bytes(8)),
     "a gap": safetensors_bytes({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)),
     "a gap at the start": safetensors_bytes({"a": entry(offsets=(4, 12))}, bytes(12)),
+    "an empty tensor of 2^70 columns": safetensors_bytes({"a": entry("F32", (0, 2 ** 70), (0, 0))}),
 }
 
 
@@ -328,14 +555,17 @@ def test_the_good_file_is_good(tmp_path):
 def test_the_reference_library_reads_ours_and_we_read_its(tmp_path):
     library = pytest.importorskip("safetensors.torch")
     torch.manual_seed(0)
-    tensors = {"f32": torch.randn(3, 5), "f16": torch.randn(7).half(), "bf16": torch.randn(2, 2).bfloat16(),
-               "i64": torch.arange(4), "bool": torch.tensor([True, False, True]), "scalar": torch.tensor(2.5),
-               "empty": torch.zeros(0, 4), "f64": torch.randn(2).double()}
+    tensors = {"f32": torch.randn(3, 5), "f16": torch.randn(7).half(),
+               "bf16": torch.randn(2, 2).bfloat16(), "f64": torch.randn(2).double(),
+               "i64": torch.arange(4), "bool": torch.tensor([True, False, True]),
+               "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}
     library.save_file(tensors, tmp_path / "theirs.safetensors")
     write_safetensors(tmp_path / "ours.safetensors", tensors)
-    for read in (read_safetensors(tmp_path / "theirs.safetensors"), library.load_file(tmp_path / "ours.safetensors")):
+    for read in (read_safetensors(tmp_path / "theirs.safetensors"),
+                 library.load_file(tmp_path / "ours.safetensors")):
         assert read.keys() == tensors.keys()
-        assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in tensors.items())
+        for name, value in tensors.items():
+            assert torch.equal(read[name], value) and read[name].dtype == value.dtype
 
 
 def test_hugging_face_names_are_the_recorded_ones():
@@ -346,11 +576,12 @@ def test_hugging_face_names_are_the_recorded_ones():
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
     write_atomic(tmp_path / "file", "old")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(RunError, match="file cannot be written .No space left on device.: make room"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="cannot be written .No space left on device.: make room"):
         write_atomic(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
