@@ -51,7 +51,6 @@ PRESETS = {  # Turc et al. 2019 (1908.08962), table 1: number of layers, hidden 
 @dataclass
 class BertConfig:
     """The shape of an encoder, in Hugging Face's field names; the defaults are bert-base-uncased's.
-
     Raises InputError on values that make no model."""
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -69,17 +68,16 @@ class BertConfig:
     def __post_init__(self):
         if self.model_type not in ("bert", "distilbert"):
             raise InputError(f"model_type {self.model_type!r}: only bert and distilbert are read")
-        limits = {"pad_token_id": (0, self.vocab_size - 1)}
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "intermediate_size", "max_position_embeddings"):
-            limits[name] = (1, math.inf)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            limits[name] = (0, 1)
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                 "intermediate_size", "max_position_embeddings")
+        limits = dict.fromkeys(sizes, (1, math.inf))
+        limits |= {"hidden_dropout_prob": (0, 1), "attention_probs_dropout_prob": (0, 1),
+                   "pad_token_id": (0, self.vocab_size - 1)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be {low} to {high}")
         if self.hidden_size % self.num_attention_heads:
-            raise InputError(f"hidden_size {self.hidden_size} is not a multiple of "
+            raise InputError(f"hidden_size is {self.hidden_size}: it must be a multiple of "
                              f"{self.num_attention_heads} heads")
 
     @classmethod
@@ -88,8 +86,8 @@ class BertConfig:
         if name not in PRESETS:
             raise InputError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
         layers, hidden = PRESETS[name]
-        shape = dict(num_hidden_layers=layers, hidden_size=hidden,
-                     num_attention_heads=hidden // 64, intermediate_size=4 * hidden)
+        shape = {"num_hidden_layers": layers, "hidden_size": hidden,
+                 "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
         return cls(**(shape | fields))
 
 
@@ -127,8 +125,7 @@ class Embeddings(nn.Module):
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         L, most = words.shape[1], self.position_embeddings.num_embeddings
         if L > most:
-            raise InputError(f"a sequence of {L} tokens, but the model has {most} positions: "
-                             "shorten --seq-len")
+            raise InputError(f"{L} tokens, but the model has {most} positions: shorten --seq-len")
         hidden = words + self.position_embeddings.weight[:L]  # (B, L, H) + (L, H)
         if self.token_type_embeddings is not None:
             types = self.token_type_embeddings
@@ -321,9 +318,9 @@ class BertForSequenceClassification(nn.Module):
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None,
                 inputs_embeds=None) -> Tensor:
         """Logits (B, num_labels)."""
+        inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         batch = input_ids if inputs_embeds is None else inputs_embeds
         first = torch.zeros(len(batch), 1, dtype=torch.long, device=batch.device)  # [CLS]: column 0
-        inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         cls = self.bert(*inputs, queries=first)[:, 0]  # (B, 1, H) -> (B, H)
         pooled = self.bert.pooler(cls)
         pooled = pooled.tanh() if self.config.model_type == "bert" else pooled.relu()
@@ -379,28 +376,23 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @torch.no_grad()
 def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
-                    dropout: float | None = None, whole: bool = False,
-                    ) -> tuple[nn.Module, Tokenizer]:
-    """The model and the tokenizer of a run of ours, a Hugging Face directory or a hub name.
+                    dropout: float | None = None, whole: bool = False):
+    """(model, tokenizer) of a run of ours, a Hugging Face directory or a hub name.
 
     head: "mlm" or "classification"; num_labels: the checkpoint's by default, or else 2; dropout
     replaces both of the checkpoint's. A head that it lacks starts fresh, and a line says so;
     whole=True refuses this: a teacher with a fresh head would teach noise. Raises InputError."""
     directory = find_pretrained(str(name_or_dir))
-    if not (directory / "config.json").exists():
-        raise InputError(f"{directory} has no config.json: is it a model directory?")
     config = config_from_hf(read_json(directory / "config.json"), str(directory))
     if dropout is not None:
         config = replace(config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    tokenizer = load_tokenizer(directory)
-    pieces = 1 + max(tokenizer.get_vocab().values())
+    tokenizer, weights = load_tokenizer(directory), read_weights(directory)
+    pieces, layers = 1 + max(tokenizer.get_vocab().values()), config.num_hidden_layers
     if pieces > config.vocab_size:
         raise InputError(f"{directory}: the tokenizer has {pieces:,} word pieces, the model "
                          f"{config.vocab_size:,}: they do not belong together")
-    weights = read_weights(directory)
-    if config.num_hidden_layers > len(weights):  # asked before a billion layers are built
-        raise InputError(f"{directory}: config.json asks for {config.num_hidden_layers:,} layers, "
-                         "more than it has weights")
+    if layers > len(weights):  # refused before a billion layers are built
+        raise InputError(f"{directory}: config.json asks for {layers:,} layers: copy it again")
     try:
         if head == "mlm":
             model = BertForMaskedLM(config)
@@ -410,22 +402,23 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
     except RuntimeError:  # PyTorch's for memory
         raise InputError(f"{directory}: config.json asks for a model that no memory holds: "
                          "copy it again") from None
-    if from_hf(model, weights, str(directory)) and whole:
+    missing = from_hf(model, weights, str(directory))
+    if missing and whole:
         raise InputError(f"{directory} has no whole masked-LM head: a teacher needs one")
     return model, tokenizer
 
 
 def save_pretrained(model: nn.Module, tokenizer: Tokenizer, directory: str | Path):
     """Writes a directory that Hugging Face opens; last the weights, which say that it is whole."""
-    directory = Path(directory)
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    directory, vocab = Path(directory), tokenizer.get_vocab()
+    words = sorted(vocab, key=vocab.get)
     settings = {
         "tokenizer_class": HF_CLASS[model.config.model_type] + "Tokenizer",
         "model_max_length": model.config.max_position_embeddings,  # where truncation=True cuts
         "do_lower_case": getattr(tokenizer.normalizer, "lowercase", True),
     }
     write_atomic(directory / "config.json", json.dumps(config_to_hf(model), indent=1) + "\n")
-    write_atomic(directory / "vocab.txt", "".join(word + "\n" for word, _ in vocab))
+    write_atomic(directory / "vocab.txt", "".join(word + "\n" for word in words))
     write_atomic(directory / "tokenizer.json", tokenizer.to_str())
     write_atomic(directory / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
     write_safetensors(directory / "model.safetensors", to_hf(model))
@@ -434,16 +427,15 @@ def save_pretrained(model: nn.Module, tokenizer: Tokenizer, directory: str | Pat
 def find_pretrained(name_or_dir: str) -> Path:
     """A model's directory: a local one, or for `name` or `owner/name` the hub's, downloaded.
 
-    A mistyped path never goes to the hub: neither one of another form nor one whose first folder
-    exists here. Raises InputError where neither has it."""
+    A mistyped path never goes to the hub: it has another form, or its first folder is here. Raises
+    InputError where neither has it."""
     path = Path(name_or_dir)
     if path.is_dir():
         return path
     is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name_or_dir)
     starts_here = "/" in name_or_dir and Path(path.parts[0]).exists()
     if not is_hub_name or starts_here or path.exists():
-        raise InputError(f"{name_or_dir} is not a model directory: give a run of train.py or a "
-                         "Hugging Face model")
+        raise InputError(f"{name_or_dir} is not a model directory: give a run or a hub name")
     from huggingface_hub import snapshot_download  # only here: it takes half a second to import
     files = ["config.json", *WEIGHT_FILES, "vocab.txt", "tokenizer*.json"]
     try:
@@ -458,21 +450,17 @@ def weight_file(directory: Path) -> Path:
     for name in WEIGHT_FILES:
         if (directory / name).exists():
             return directory / name
-    raise InputError(f"{directory} has neither {' nor '.join(WEIGHT_FILES)}: "
-                     "is the download complete?")
+    raise InputError(f"{directory} has neither {' nor '.join(WEIGHT_FILES)}: copy it again")
 
 
 def weights_digest(name_or_dir: str | Path) -> str:
-    """sha256 of a model's weight file, which tells checkpoints apart whatever they are called.
-
-    Raises InputError where there is none."""
+    """sha256 of a model's weight file: it tells checkpoints apart, whatever they are called."""
     with open(weight_file(find_pretrained(str(name_or_dir))), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """A model directory's weights. A pickle is read as plain tensors, never as code. Raises
-    InputError."""
+    """A model's weights; a pickle is read as plain tensors, never as code. Raises InputError."""
     path = weight_file(directory)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
@@ -554,9 +542,9 @@ def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[s
                              f"for {tuple(ours.shape)}")
     words = model.bert.embeddings.word_embeddings.weight
     for name in TIED:
-        if name in weights and hasattr(model, "head") and not torch.equal(weights[name].to(words), words):
-            raise InputError(f"{source}: {name} is not tied to the word embeddings, "
-                             "which this model needs")
+        decoder = weights.get(name, words).to(words)
+        if hasattr(model, "head") and not torch.equal(decoder, words):
+            raise InputError(f"{source}: {name} is not tied to the word embeddings, as it is here")
     report_loading(source, missing, [name for name in weights if name not in used])
     return missing
 
@@ -610,7 +598,7 @@ def config_from_hf(fields: dict, source: str) -> BertConfig:
 
 
 def config_to_hf(model: nn.Module) -> dict:
-    """What config.json must say for Hugging Face to open the model."""
+    """The config.json with which Hugging Face opens the model."""
     fields, kind = asdict(model.config), model.config.model_type
     if kind == "distilbert":
         fields |= {theirs: fields.pop(ours) for ours, theirs in DISTILBERT_FIELDS.items()}
@@ -650,6 +638,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     try:
         if path.suffix == ".json":
             tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
             vocab = tokenizer.get_vocab()
         else:
             words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -659,13 +649,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}: is it BERT's?")
-    if tokenizer is None:
-        settings = directory / "tokenizer_config.json"
-        given = read_json(settings) if settings.exists() else {}
-        return wordpiece_tokenizer(vocab, bool(given.get("do_lower_case", True)))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    if tokenizer is not None:
+        return tokenizer
+    settings = directory / "tokenizer_config.json"
+    given = read_json(settings) if settings.exists() else {}
+    return wordpiece_tokenizer(vocab, bool(given.get("do_lower_case", True)))
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -683,41 +671,39 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
     Nothing is believed before it is checked: the header must lie in the file, and the tensors must
     fill the rest without a gap or an overlap. Raises InputError otherwise."""
-    data = bytearray(path.read_bytes())
+    data, tensors, end = bytearray(path.read_bytes()), {}, 0
     start = 8 + int.from_bytes(data[:8], "little")  # where the numbers begin
-    tensors, end = {}, 0
     try:
-        if start > min(len(data), 100_000_000):
-            raise ValueError("cut off, or its header length is wrong")
+        require(start <= min(len(data), 100_000_000), "cut off, or its header length is wrong")
         header = json.loads(data[8:start].decode(), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             first, last = entry["data_offsets"]
-            if any(type(n) is not int or n < 0 for n in (first, last, *shape)):
-                raise ValueError(f"{name} has a shape or an offset that is not a whole number")
-            size = math.prod(shape) * dtype.itemsize
-            if first != end or last != first + size or start + last > len(data):
-                raise ValueError(f"{name} has offsets {first} to {last}, which do not fit")
-            flat = torch.empty(0, dtype=dtype)  # frombuffer takes no empty buffer
-            if size:
-                flat = torch.frombuffer(data[start + first:start + last], dtype=dtype)
-            tensors[name] = flat.reshape(shape)
-            end = last
-        if start + end != len(data):
-            raise ValueError("it holds more numbers than its header names")
+            counts = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+            require(counts, f"{name} has a shape or an offset that is not a whole number")
+            size = math.prod(shape) * dtype.itemsize  # bytes
+            fits = first == end and last == first + size and start + last <= len(data)
+            require(fits, f"{name} has offsets {first} to {last}, which do not fit")
+            raw = data[start + first:start + last]
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            tensors[name], end = flat.reshape(shape), last
+        require(start + end == len(data), "it holds more numbers than its header names")
     except Exception as error:  # a damaged header can raise nearly anything
-        raise InputError(f"{path} is not a sound safetensors file ({type(error).__name__}: "
-                         f"{error}): delete it and copy it again") from None
+        raise InputError(f"{path} is not a sound safetensors file ({error}): copy it") from None
     return tensors
+
+
+def require(true: bool, otherwise: str):
+    """Raises ValueError where something does not hold."""
+    if not true:
+        raise ValueError(otherwise)
 
 
 def unique_keys(pairs: list) -> dict:
     """A JSON object as a dict. Raises ValueError where a key stands twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
+    require(len(dict(pairs)) == len(pairs), "a key stands twice")
+    return dict(pairs)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]):
@@ -765,6 +751,8 @@ def can_write(path: str | Path) -> bool:
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises InputError, which names the file, on anything else."""
+    if not path.exists():
+        raise InputError(f"{path.parent} has no {path.name}: copy it there, or choose another")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
