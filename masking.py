@@ -525,25 +525,27 @@ def find_strategy(name: str) -> type[Strategy]:
     Raises argparse.ArgumentTypeError: one line that says what is wrong."""
     if name in STRATEGIES:
         return STRATEGIES[name]
+
+    def wrong(why: str) -> Exception:
+        return argparse.ArgumentTypeError(f"{name!r} {why}")
+
     file, _, class_name = name.rpartition(":")
-    found, wrong = None, None
     if not file.endswith(".py"):
-        wrong = f"is unknown: choose from {', '.join(STRATEGIES)}, or give FILE.py:CLASS"
-    elif not Path(file).is_file():
-        wrong = f"is not there: no file {file}"
-    else:
-        try:
-            found = getattr(import_file(Path(file).resolve()), class_name, None)
-        except (Exception, SystemExit) as error:  # the user's file can raise anything
-            wrong = " ".join(f"cannot be imported: {type(error).__name__}: {error}".split())
-    if wrong is None and found is None:
-        wrong = f"is not there: {file} has no class {class_name}"
-    elif wrong is None and not (isinstance(found, type) and issubclass(found, Strategy)):
-        wrong = f"is not a strategy: derive {class_name} from masking.Strategy"
-    elif wrong is None and found.mask is Strategy.mask:
-        wrong = f"is not a strategy: {class_name} has no method `mask`"
-    if wrong:
-        raise argparse.ArgumentTypeError(f"{name!r} {wrong}")
+        raise wrong(f"is unknown: choose from {', '.join(STRATEGIES)}, or give FILE.py:CLASS")
+    if not Path(file).is_file():
+        raise wrong(f"is not there: no file {file}")
+    try:
+        module = import_file(Path(file).resolve())
+    except (Exception, SystemExit) as error:  # the user's file can raise anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise wrong(f"cannot be imported: {said}") from None
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise wrong(f"is not there: {file} has no class {class_name}")
+    if not issubclass(found, Strategy):
+        raise wrong(f"is not a strategy: derive {class_name} from masking.Strategy")
+    if found.mask is Strategy.mask:
+        raise wrong(f"is not a strategy: {class_name} has no method `mask`")
     return found
 
 

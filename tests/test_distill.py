@@ -42,7 +42,7 @@ def test_at_alpha_zero_it_is_cross_entropy_and_wants_no_teacher():
 
 
 def test_hot_gradients_match_logits():
-    """Hinton et al. §2.1: at T → ∞, zero-mean logits, ∂(T² KL)/∂z = (z_s − z_t) / V, over N rows."""
+    """Hinton et al. §2.1: T → ∞, zero-mean logits, ∂(T² KL)/∂z = (z_s − z_t) / V, over N rows."""
     s, t = (z - z.mean(-1, keepdim=True) for z in (logits(0).double(), logits(1).double()))
     s.requires_grad_()
     for temperature, tolerance in ((100.0, 0.05), (1000.0, 0.005)):

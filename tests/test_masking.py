@@ -714,7 +714,7 @@ def test_a_strategy_in_a_file_masks(mine):
     ("mine.py:Shortest", "mine.py has no class Shortest"), ("mine.py:", "mine.py has no class"),
     ("mine.py:Idle", "Idle has no method `mask`"),
     ("mine.py:Stranger", "derive Stranger from masking.Strategy"),
-    ("mine.py:three", "derive three from masking.Strategy"),
+    ("mine.py:three", "mine.py has no class three"),
     ("mine.py:Settings", "derive Settings from masking.Strategy"),
     ("broken.py:Longest", "cannot be imported: SyntaxError"),
     ("leaves.py:Longest", "cannot be imported: SystemExit: 3")])
