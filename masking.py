@@ -76,7 +76,7 @@ def top_k(scores: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
     Where a row has fewer, all of them. scores (B, L), maskable (B, L) bool, k (B,) -> (B, L)."""
     # torch.topk takes one k for all rows, so every row is sorted and its first k[b] ranks are kept.
     # The sort is stable: of equal scores the left one comes first, on every device.
-    scores = scores.masked_fill(~maskable, -math.inf)
+    scores = scores.float().masked_fill(~maskable, -math.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)  # (B, L), positions by rank
     chosen = torch.arange(scores.shape[1], device=scores.device) < k[:, None]  # (B, L), by rank
     return torch.zeros_like(maskable).scatter(1, order, chosen) & maskable  # (B, L), by position
@@ -204,8 +204,8 @@ def hidden_entropy(model, batch: "Batch", rate: float, mask_token_id: int,
     another, in as many passes. Returns (B, L) in nats, 0 where nothing is maskable."""
     groups = math.ceil(1 / rate)
     # A random order with the maskable positions first. The argsort of an order is each one's rank.
-    order = uniform(batch.maskable, generator).masked_fill(~batch.maskable, 2).argsort(dim=1)
-    rank = order.argsort(dim=1)  # (B, L)
+    draws = uniform(batch.maskable, generator).masked_fill(~batch.maskable, 2)
+    rank = draws.argsort(dim=1, stable=True).argsort(dim=1)  # (B, L)
     entropy = torch.zeros(rank.shape, device=rank.device)
     for group in range(groups):
         positions = (rank % groups == group) & batch.maskable
@@ -297,7 +297,7 @@ class Typhoon:
         """
         low = self.weight.masked_fill(~self.seen, math.inf).min()
         high = self.weight.masked_fill(~self.seen, -math.inf).max()
-        scalable = self.seen & (high > low)  # of a single type seen there is nothing to scale
+        scalable = self.seen & (high > low)  # with one type seen there is nothing to scale
         scaled = torch.where(scalable, (self.weight - low) / (high - low), 1)  # ŵ, (V,)
         u = 1 - self.spread + self.spread * scaled  # (V,), in [1 − σ, 1]
 
@@ -591,8 +591,9 @@ def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
         if strategy.wants_gradient:
             feed(strategy, model, batch, context, generator)
         mask = strategy.mask(batch, generator)
-        scores = entropy * math.nan if strategy.scores is None else strategy.scores
-        columns[strategy_label(name)] = cells(mask[0], scores.masked_fill(~maskable, math.nan)[0])
+        scores = entropy * math.nan if strategy.scores is None else strategy.scores.float()
+        label = strategy_label(name)[:13]  # what fits above a column
+        columns[label] = cells(mask[0], scores.masked_fill(~maskable, math.nan)[0])
     # A terminal and XML want no control characters.
     return ["".join(c if c.isprintable() else "?" for c in vocabulary[i]) for i in ids], columns
 
@@ -620,12 +621,16 @@ def feed(strategy: Strategy, model, batch: Batch, context: Context, generator, r
 
 
 def cells(mask: Tensor, scores: Tensor) -> list[Cell]:
-    """Returns L cells. mask (L,) bool, scores (L,) with NaN where there is no score."""
-    known = scores[~scores.isnan()].tolist() or [0.0]
-    scale = max(known) - min(known) or 1.0
-    return [Cell(masked, "", 0.0) if math.isnan(score) else
-            Cell(masked, f"{score:.2f}", (score - min(known)) / scale)
-            for masked, score in zip(mask.tolist(), scores.tolist())]
+    """Returns L cells. mask (L,) bool, scores (L,), not finite where there is no score."""
+    known = scores[scores.isfinite()].tolist() or [0.0]
+    low, scale = min(known), max(known) - min(known) or 1.0
+    column = []
+    for masked, score in zip(mask.tolist(), scores.tolist()):
+        if math.isfinite(score):
+            column.append(Cell(masked, f"{score:.2f}", (score - low) / scale))
+        else:
+            column.append(Cell(masked, "", 0.0))
+    return column
 
 
 def demo_lines(pieces: list[str], columns: dict[str, list[Cell]], colour: bool) -> list[str]:
@@ -657,7 +662,7 @@ text {{ fill: #e6edf3 }} .page {{ fill: #0d1117 }} .heat {{ fill: #c2410c }}
 
 
 def demo_svg(pieces: list[str], columns: dict[str, list[Cell]]) -> str:
-    """Returns the demo as an SVG drawing: a frame where it is masked, the score as colour."""
+    """Returns the demo as an SVG drawing: a masked cell has a frame, its colour is the score."""
     wide, high, left = 104, 24, 24 + 8 * max(map(len, pieces))  # a cell's size, where cells begin
     text = '<text x="{}" y="{}" {}>{}</text>'.format
     box = f'<rect x="{{}}" y="{{}}" width="{wide - 6}" height="{high - 3}" {{}}/>'.format

@@ -673,12 +673,12 @@ MINE = """
 
     @dataclass
     class Settings:
-        share: float = 1.0
+        share: int = 1
 
     class Longest(Strategy):
         def mask(self, batch, generator=None):
-            self.scores = batch.input_ids * Settings().share
-            return top_k(self.scores, batch.maskable,
+            self.scores = batch.input_ids  # integers
+            return top_k(self.scores * Settings().share, batch.maskable,
                          budget(batch.maskable, self.context.rate, generator))
 
     class Idle(Strategy):
@@ -781,10 +781,11 @@ def test_the_demos_numbers_are_those_that_decided(monkeypatch, capsys):
 
 
 def test_the_demo_colours_a_terminal():
-    column = masking.cells(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, math.nan]))
-    lines = masking.demo_lines(["hard", "easy", "[SEP]"], {"entropy": column}, colour=True)
+    scores = torch.tensor([3.0, 1.0, math.nan, -math.inf])
+    column = masking.cells(torch.tensor([True, False, False, False]), scores)
+    lines = masking.demo_lines(["hard", "easy", "[SEP]", "out"], {"entropy": column}, colour=True)
     assert "\x1b[1m" in lines[1] and "48;5;196" in lines[1] and "48;5;16m" in lines[2]
-    assert "\x1b" not in lines[3]
+    assert "\x1b" not in lines[3] + lines[4]
 
 
 def test_a_strategy_in_a_file_is_a_column_of_the_demo(mine):
