@@ -1,124 +1,175 @@
-"""Which tokens should a masked language model have to guess? Five answers, one budget.
+"""Which tokens should a masked language model have to guess? Six answers, one budget.
 
-A strategy scores the positions of a text; the budget, how many of them are masked, is the same for all, so that a
-comparison of strategies is never a comparison of masking rates.
+A strategy decides which tokens of a text are masked. How many are masked, the budget, is the same
+for every strategy, so that comparing strategies never means comparing masking rates.
 
-    random        uniformly                                                  BERT (Devlin et al. 2018) §3.1
-    whole-word    uniformly over words; all pieces of a word together        BERT's whole-word release of 2019
-    entropy       where a frozen teacher is most uncertain                   [E], external reference model
-    self-entropy  where the model in training is most uncertain              [E], self-masking
-    typhoon       each token at its type's rate, which follows a gradient    [T]
+    random        uniformly                                         BERT (Devlin et al. 2018) §3.1
+    whole-word    words uniformly, all pieces of a word together    BERT's whole-word models, 2019
+    entropy       where a frozen teacher is most uncertain          [E], external reference model
+    self-entropy  where the model in training is most uncertain     [E], self-masking
+    typhoon       each token at a rate that follows a gradient      [T]
+    rarity        the rarest word pieces                            ours, a control for [E]
 
-[E] Srinivasagan et al., Entropy-aware Masking for Masked Language Modeling, *SEM 2026, arXiv 2605.28526.
-[T] Abdurrahman et al., Typhoon: Towards an Effective Task-Specific Masking Strategy, arXiv 2303.15619.
+[E] Srinivasagan et al., Entropy-aware Masking for Masked Language Modeling, arXiv 2605.28526.
+[T] Abdurrahman et al., Typhoon: Towards an Effective Task-Specific Masking Strategy, 2303.15619.
 
-The functions come first, then the strategies as the training loop sees them: a class each, and a row in STRATEGIES.
-`python masking.py "Some text of yours"` shows all five at work on a text.
+The ideas come first, as functions of tensors; then the strategies as the training loop sees them, a
+class each; last a demo, which shows them all at work on a text:
 
-Shapes: B batch, L tokens, H hidden, V vocabulary, N chosen positions. `maskable` (B, L) is True on ordinary tokens: not
-special, not padding. Whatever draws takes a torch.Generator on the tensors' device; None is PyTorch's global one.
+    python masking.py "Some text of yours" --svg picture.svg
+
+Shapes: B batch, L tokens, H hidden, V vocabulary, N chosen positions. `maskable` (B, L) bool is
+True on ordinary tokens, False on special ones and padding. What draws at random takes a generator:
+one on the tensors' device, one on the CPU (the draws are then the same on every device), or None
+for PyTorch's global one.
 """
 import argparse
+import functools
+import html
 import importlib.util
 import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# --- the budget ------------------------------------------------------------------------------------------------------
+from model import (SPECIAL_TOKENS, InputError, Parser, can_write, load_pretrained, number,
+                   read_json, run_cli, write_atomic)
 
-def budget(maskable: Tensor, rate: float) -> Tensor:
-    """How many tokens to mask in each row: k = max(1, round(rate · count)), 0 where nothing can be masked.
+Generator = torch.Generator | None
 
-    maskable (B, L) bool, rate a fraction in (0, 1). Returns (B,) long. BERT §3.1 has rate 0.15."""
-    count = maskable.sum(1)
-    return torch.where(count > 0, (rate * count).round().long().clamp(min=1), 0)
+# --- the budget -----------------------------------------------------------------------------------
+
+def uniform(like: Tensor, generator: Generator = None) -> Tensor:
+    """Returns independent draws from U[0, 1), in the shape and on the device of `like`."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(like.shape, device=device, generator=generator).to(like.device)
+
+
+def budget(maskable: Tensor, rate: float, generator: Generator = None) -> Tensor:
+    """Returns how many tokens to mask in each row: rate · count, rounded up or down at random.
+
+    Rounding to the nearest integer, or to at least one, would mask more than the rate where texts
+    are short. Rounded at random, k is right on average for texts of any length, and may be 0.
+
+    maskable (B, L) bool; rate is a fraction in (0, 1), 0.15 in BERT §3.1. Returns k (B,) long.
+
+    >>> ten_tokens_each = torch.ones(4000, 10, dtype=torch.bool)
+    >>> k = budget(ten_tokens_each, 0.15, torch.Generator().manual_seed(0))
+    >>> sorted(set(k.tolist())), round(k.float().mean().item(), 1)
+    ([1, 2], 1.5)
+    """
+    expected = rate * maskable.sum(1)  # (B,)
+    low = expected.floor()
+    up = uniform(expected, generator) < expected - low  # at 1.5, up in half of the rows
+    return (low + up).long()
 
 
 def top_k(scores: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
-    """The k[b] highest-scoring maskable positions of each row b, all of them where there are fewer.
+    """Returns a mask on the k[b] highest-scoring maskable positions of each row b.
 
-    scores (B, L), maskable (B, L) bool, k (B,) -> (B, L) bool."""
-    order = scores.masked_fill(~maskable, -math.inf).argsort(dim=1, descending=True)
-    chosen = torch.arange(scores.shape[1], device=scores.device) < k[:, None]  # by rank
-    return torch.zeros_like(maskable).scatter(1, order, chosen) & maskable
-
-
-def uniform(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Independent U[0, 1) scores in the shape of `like`."""
-    return torch.rand(like.shape, device=like.device, generator=generator)
+    Where a row has fewer, all of them. scores (B, L), maskable (B, L) bool, k (B,) -> (B, L)."""
+    # torch.topk takes one k for all rows, so every row is sorted and its first k[b] ranks are kept.
+    # The sort is stable: of equal scores the left one comes first, on every device.
+    scores = scores.float().masked_fill(~maskable, -math.inf)
+    order = scores.argsort(dim=1, descending=True, stable=True)  # (B, L), positions by rank
+    chosen = torch.arange(scores.shape[1], device=scores.device) < k[:, None]  # (B, L), by rank
+    return torch.zeros_like(maskable).scatter(1, order, chosen) & maskable  # (B, L), by position
 
 
-# --- random and whole-word -------------------------------------------------------------------------------------------
+# --- random and whole-word ------------------------------------------------------------------------
 
-def random_mask(maskable: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
-    """k positions a row, uniformly without replacement (BERT §3.1). (B, L) bool -> (B, L) bool."""
-    return top_k(uniform(maskable, generator), maskable, budget(maskable, rate))
+def random_mask(maskable: Tensor, rate: float, generator: Generator = None) -> Tensor:
+    """Returns a mask on k positions of each row, drawn uniformly without replacement (BERT §3.1).
+
+    (B, L) bool -> (B, L) bool."""
+    k = budget(maskable, rate, generator)
+    return top_k(uniform(maskable, generator), maskable, k)
 
 
 def whole_word_mask(maskable: Tensor, continuation: Tensor, rate: float,
-                    generator: torch.Generator | None = None) -> Tensor:
-    """Whole words, uniformly without replacement (BERT's whole-word masking, 2019; [T]'s second baseline).
+                    generator: Generator = None) -> Tensor:
+    """Returns a mask on whole words, drawn uniformly without replacement (BERT 2019; [T]).
 
-    continuation (B, L) bool is True on "##" pieces; a piece with no piece before it in the row begins a word. Returns
-    (B, L) bool.
+    Filling a budget of *pieces* word by word would favour short words, which fit, or long words,
+    which overshoot. So the budget counts words: each word of a row is equally likely, and the share
+    of masked pieces is the rate on average.
 
-    Filling a budget of *pieces* word by word favours short words, which fit, or long ones, which overshoot. So words
-    are counted instead: rate · W of a row's W words (rounded up or down at random, one at least). Every word of a row is
-    then equally likely, and the share of pieces is the rate on average."""
-    before = F.pad(maskable, (1, 0))[:, :-1]
+    continuation (B, L) bool is True on "##" pieces; a piece with no maskable piece before it begins
+    a word all the same. Returns (B, L) bool.
+
+    >>> continuation = torch.tensor([[False, True, False]]).repeat(100, 1)  # tele ##phone rang
+    >>> every = torch.ones_like(continuation)
+    >>> mask = whole_word_mask(every, continuation, 0.5, torch.Generator().manual_seed(0))
+    >>> sorted(set(map(tuple, mask.int().tolist())))
+    [(0, 0, 1), (1, 1, 0)]
+    """
+    before = F.pad(maskable, (1, 0))[:, :-1]  # (B, L), is the position to the left maskable?
     start = maskable & ~(continuation & before)  # (B, L), the first piece of every word
-    wanted = rate * start.sum(1)  # (B,)
-    k = (wanted + uniform(wanted, generator)).floor().long().clamp(min=1)
-    drawn = top_k(uniform(maskable, generator), start, k)  # (B, L), the first pieces of the drawn words
+    drawn = random_mask(start, rate, generator)  # (B, L), the first pieces of the drawn words
     column = torch.arange(start.shape[1], device=start.device)
-    first = torch.where(start, column, 0).cummax(1).values  # (B, L), on every piece the column where its word begins
+    # The running maximum carries the column of a word's first piece on to its other pieces.
+    first = torch.where(start, column, 0).cummax(1).values  # (B, L)
     return drawn.gather(1, first) & maskable
 
 
-# --- entropy ---------------------------------------------------------------------------------------------------------
+# --- entropy --------------------------------------------------------------------------------------
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """H = −Σ_v p(v) ln p(v), in nats, of p = softmax(logits): 0 where the model is sure, ln V where it knows nothing
-    ([E]'s score). (..., V) -> (...)."""
-    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    """Returns H = −Σ_v p(v) ln p(v) of p = softmax(logits), in nats ([E]'s score).
+
+    0 where the model is sure, ln V where all word pieces are equally likely. (..., V) -> (...)."""
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1)  # entr(p) = −p ln p, and 0 at 0
 
 
 def entropy_mask(entropy: Tensor, maskable: Tensor, rate: float, select: str = "high",
-                 generator: torch.Generator | None = None) -> Tensor:
-    """Spends the budget by entropy ([E]). entropy (B, L) in nats, maskable (B, L) bool -> (B, L) bool.
+                 generator: Generator = None) -> Tensor:
+    """Returns a mask that spends the budget by entropy ([E]).
 
-    select: `high` the k most uncertain positions; `low` the k least; `mixed` half of k the most uncertain, half uniform
-    over the rest; `sample` k without replacement with probability proportional to H. Over a frozen teacher `high` and
-    `low` pick the same positions every epoch (static masking, RoBERTa §4.1); `mixed` and `sample` vary."""
-    return select_by_entropy(entropy, maskable, budget(maskable, rate), select, generator)
+    select: `high`, the k most uncertain positions; `low`, the k least; `mixed`, half of k the most
+    uncertain, half uniformly from the rest; `sample`, k without replacement with probability
+    proportional to H. With a frozen teacher `high` and `low` choose the same positions every epoch
+    (static masking, RoBERTa §4.1) but for the rounding of k; `mixed` and `sample` vary.
+
+    entropy (B, L) in nats, maskable (B, L) bool -> (B, L) bool.
+
+    >>> entropy, every = torch.tensor([[0.1, 2.0, 0.5, 3.0]]), torch.ones(1, 4, dtype=torch.bool)
+    >>> entropy_mask(entropy, every, 0.5, "high").int().tolist()
+    [[0, 1, 0, 1]]
+    """
+    k = budget(maskable, rate, generator)
+    return select_positions(entropy, maskable, k, select, generator)
 
 
-def select_by_entropy(entropy: Tensor, maskable: Tensor, k: Tensor, select: str, generator=None) -> Tensor:
-    """`entropy_mask` for a budget k (B,) already counted. Raises ValueError on an unknown `select`."""
-    entropy = entropy.float()
+def select_positions(scores: Tensor, maskable: Tensor, k: Tensor, select: str,
+                     generator: Generator = None) -> Tensor:
+    """Returns `entropy_mask` for a given budget k (B,). Raises ValueError on another `select`."""
+    scores = scores.float()
     if select == "high":
-        return top_k(entropy, maskable, k)
+        return top_k(scores, maskable, k)
     if select == "low":
-        return top_k(-entropy, maskable, k)
+        return top_k(-scores, maskable, k)
     if select == "mixed":
-        high = top_k(entropy, maskable, (k + 1) // 2)
-        return high | top_k(uniform(entropy, generator), maskable & ~high, k // 2)
-    if select == "sample":  # Gumbel top-k: the k largest ln H + Gumbel noise are a draw without replacement
-        gumbel = -(-uniform(entropy, generator).clamp(min=1e-20).log()).log()
-        return top_k(entropy.clamp(min=1e-20).log() + gumbel, maskable, k)
+        coin = uniform(k, generator) < 0.5  # an odd k leaves one over: it goes to either half
+        high = top_k(scores, maskable, (k + coin) // 2)
+        return high | top_k(uniform(scores, generator), maskable & ~high, k - high.sum(1))
+    if select == "sample":
+        # The Gumbel trick: −ln(−ln U) is Gumbel noise, and the k largest of ln H + noise are
+        # distributed like k draws one after another, each in proportion to H among what is left.
+        tiny = 1e-20  # keeps logarithms finite
+        noise = -(-uniform(scores, generator).clamp(min=tiny).log()).log()
+        return top_k(scores.clamp(min=tiny).log() + noise, maskable, k)
     raise ValueError(f"unknown select {select!r}: high, low, mixed or sample")
 
 
 @contextmanager
 def evaluating(model):
-    """Evaluation mode without gradients; every module's own mode is put back afterwards."""
+    """Puts a model into evaluation mode without gradients; restores each module's own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -129,121 +180,173 @@ def evaluating(model):
             module.training = mode
 
 
-def position_entropy(model, batch: "Batch", input_ids: Tensor, positions: Tensor, chunk: int = 128) -> Tensor:
-    """The model's entropy at `positions` (B, L) bool, reading input_ids (B, L). Returns (B, L) in nats, 0 elsewhere.
+def position_entropy(model, batch: "Batch", input_ids: Tensor, positions: Tensor,
+                     chunk: int = 128) -> Tensor:
+    """Returns the model's entropy at `positions` when it reads input_ids, in nats, 0 elsewhere.
 
-    The head runs `chunk` positions at a time, so that no (B, L, V) tensor is ever held. The model's mode, gradients and
-    random state are left alone."""
+    input_ids (B, L), positions (B, L) bool -> (B, L). The model's mode, gradients and random state
+    stay as they are."""
     with evaluating(model):
-        hidden = model.hidden(input_ids, batch.attention_mask, batch.token_type_ids, positions=positions)  # (N, H)
-        values = [token_entropy(model.logits(rows)) for rows in hidden.split(chunk)]
+        hidden = model.hidden(input_ids, batch.attention_mask, batch.token_type_ids,
+                              positions=positions)  # (N, H)
+        # In chunks: with BERT's vocabulary the logits of 4,096 tokens would fill half a gigabyte.
+        entropies = [token_entropy(model.logits(part)) for part in hidden.split(chunk)]
     entropy = torch.zeros(positions.shape, device=positions.device)
-    return entropy.masked_scatter(positions, torch.cat(values))
+    return entropy.masked_scatter(positions, torch.cat(entropies))  # (B, L)
 
 
-def hidden_entropy(model, batch: "Batch", rate: float, mask_token_id: int, generator=None) -> Tensor:
-    """The entropy of every maskable position while it is hidden from the model (our second reading of [E]).
+def hidden_entropy(model, batch: "Batch", rate: float, mask_token_id: int,
+                   generator: Generator = None) -> Tensor:
+    """Returns the entropy of every maskable position while its token is hidden from the model.
 
-    Positions are split into ⌈1/rate⌉ random groups, and each group is masked in turn: that many passes. Returns (B, L)
-    in nats, 0 where nothing is maskable."""
+    Our second reading of [E]: the entropy at a visible token mostly says how rare the token is.
+    Each row's positions are dealt at random into ⌈1/rate⌉ groups, which are masked one after
+    another, in as many passes. Returns (B, L) in nats, 0 where nothing is maskable."""
     groups = math.ceil(1 / rate)
-    order = uniform(batch.maskable, generator).masked_fill(~batch.maskable, 2).argsort(dim=1)
-    group = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    entropy = torch.zeros(order.shape, device=order.device)
-    for turn in range(groups):
-        positions = (group % groups == turn) & batch.maskable
+    # A random order with the maskable positions first. The argsort of an order is each one's rank.
+    draws = uniform(batch.maskable, generator).masked_fill(~batch.maskable, 2)
+    rank = draws.argsort(dim=1, stable=True).argsort(dim=1)  # (B, L)
+    entropy = torch.zeros(rank.shape, device=rank.device)
+    for group in range(groups):
+        positions = (rank % groups == group) & batch.maskable
         masked_ids = batch.input_ids.masked_fill(positions, mask_token_id)
         entropy += position_entropy(model, batch, masked_ids, positions)
     return entropy
 
 
-# --- Typhoon ---------------------------------------------------------------------------------------------------------
+# --- Typhoon --------------------------------------------------------------------------------------
 
-def embedding_saliency(embedding_grad: Tensor, embedding_weight: Tensor, token_ids: Tensor) -> Tensor:
-    """∂L/∂onehot(x_i)[v] for v = token_ids_i ([T]): how the loss moves with the one-hot entry of a token.
+def embedding_saliency(embedding_grad: Tensor, embedding_weight: Tensor,
+                       token_ids: Tensor) -> Tensor:
+    """Returns ∂L/∂onehot(x_i)[v] at v = token_ids_i: how the loss moves with that one-hot entry.
 
-    The embedding is e_i = onehot(x_i) W, so the gradient is ⟨∂L/∂e_i, W_v⟩: a dot product per token, and the (B, L, V)
-    one-hot tensor is never built. embedding_grad (B, L, H), embedding_weight (V, H), token_ids (B, L) -> (B, L)."""
-    return (embedding_grad.float() * F.embedding(token_ids, embedding_weight.detach().float())).sum(-1)
+    The embedding is e_i = onehot(x_i) W, so it is ⟨∂L/∂e_i, W_v⟩ ([T]): a dot product a token, and
+    the (B, L, V) one-hot tensor is never built.
+    embedding_grad (B, L, H), embedding_weight (V, H), token_ids (B, L) -> (B, L)."""
+    embeddings = F.embedding(token_ids, embedding_weight.detach().float())  # (B, L, H)
+    return (embedding_grad.float() * embeddings).sum(-1)
 
 
 class Typhoon:
     """[T]: a masking rate for each token type, from a moving average of its gradient saliency.
 
-    token_counts (V,): how often each type stands at a maskable position of the corpus; rate: the budget, a fraction;
-    spread σ < 1: the lowest rate is (1 − σ) times the highest; ema_weight β: the weight of the *new* value."""
+    token_counts (V,): how often each type stands at a maskable position of the corpus; rate: the
+    budget, a fraction; spread σ < 1: the lowest rate is (1 − σ) times the highest; ema_weight β:
+    the weight of the *new* value in the average."""
 
-    def __init__(self, token_counts: Tensor, rate: float, spread: float = 0.4, ema_weight: float = 0.8):
-        real = torch.float32 if token_counts.device.type == "mps" else torch.float64  # mps has no float64
+    def __init__(self, token_counts: Tensor, rate: float, spread: float = 0.4,
+                 ema_weight: float = 0.8):
+        on_mps = token_counts.device.type == "mps"  # which has no float64
+        real = torch.float32 if on_mps else torch.float64
         self.rate, self.spread, self.ema_weight = rate, spread, ema_weight
         self.frequency = token_counts.to(real) / token_counts.sum()  # f, (V,)
         self.weight = torch.zeros_like(self.frequency)  # w, (V,)
-        self.seen = torch.zeros_like(token_counts, dtype=torch.bool)
-        self.totals = self.weight.new_zeros(2, 2 * len(token_counts))  # sums, counts; of visible types, then masked
+        self.seen = torch.zeros_like(token_counts, dtype=torch.bool)  # (V,)
+        # Row 0 sums saliencies, row 1 counts tokens; columns: V types visible, then V types masked.
+        self.totals = self.weight.new_zeros(2, 2 * len(token_counts))
 
-    def update(self, original_ids: Tensor, dot: Tensor, maskable: Tensor, masked: Tensor | None = None):
-        """One batch into the average. original_ids (B, L): the uncorrupted text; dot (B, L): `embedding_saliency` at
-        original_ids, unsigned; maskable (B, L) bool; masked (B, L) bool: what the model did not see, None for nothing."""
+    def update(self, original_ids: Tensor, dot: Tensor, maskable: Tensor,
+               masked: Tensor | None = None):
+        """Takes a whole batch into the average: `accumulate`, then `step`."""
         self.accumulate(original_ids, dot, maskable, masked)
         self.step()
 
-    def accumulate(self, original_ids, dot, maskable, masked=None):
-        """Adds a batch to the sums of the step under way; s = −dot where the token was visible, +dot where masked."""
+    def accumulate(self, original_ids: Tensor, dot: Tensor, maskable: Tensor,
+                   masked: Tensor | None = None):
+        """Adds a batch to the sums of the step under way.
+
+        original_ids (B, L): the text before corruption; dot (B, L): `embedding_saliency` at those
+        ids, unsigned; maskable (B, L) bool; masked (B, L) bool: True where the model did not see
+        the token, None if it saw all. The saliency s is −dot where visible, +dot where masked."""
         V = len(self.weight)
         masked = torch.zeros_like(maskable) if masked is None else masked
-        slot = (original_ids + V * masked).flatten()
-        score = torch.where(masked, dot, -dot).to(self.totals.dtype) * maskable
-        self.totals.index_add_(1, slot, torch.stack([score, maskable.to(score.dtype)]).flatten(1))
+        s = torch.where(masked, dot, -dot).to(self.totals.dtype) * maskable  # (B, L)
+        # One index_add_ in place of a loop over types: a visible token of type v adds itself to
+        # column v, a masked one to column V + v; tokens that are not maskable add zeros.
+        column = (original_ids + V * masked).flatten()  # (B·L,)
+        self.totals.index_add_(1, column, torch.stack([s, maskable.to(s.dtype)]).flatten(1))
 
     def step(self, reduce: Callable[[Tensor], object] | None = None):
-        """w ← (1 − β) w + β s for the types of this step, s the mean over visible plus the mean over masked tokens; a
-        type's first value sets it. `reduce` sums a tensor in place over data-parallel ranks."""
+        """Ends a step: w ← (1 − β) w + β s for each type that occurred; its first s sets its w.
+
+        s is the mean over a type's visible tokens plus the mean over its masked ones. `reduce` sums
+        a tensor in place over data-parallel ranks. It gets sums and counts, not means: then every
+        rank ends with the mean over the whole batch, as a single process would."""
         if reduce is not None:
             reduce(self.totals)
         sums, counts = self.totals.unflatten(1, (2, -1))  # (2, V) each: visible, masked
-        s, now = (sums / counts.clamp(min=1)).sum(0), counts.sum(0) > 0
+        s = (sums / counts.clamp(min=1)).sum(0)  # (V,)
+        occurred = counts.sum(0) > 0
         average = (1 - self.ema_weight) * self.weight + self.ema_weight * s
-        self.weight = torch.where(now, torch.where(self.seen, average, s), self.weight)
-        self.seen = self.seen | now
+        new = torch.where(self.seen, average, s)
+        self.weight = torch.where(occurred, new, self.weight)
+        self.seen = self.seen | occurred
         self.totals.zero_()
 
     def rates(self) -> Tensor:
-        """r(v) = min(1, c · (1 − σ + σ ŵ(v))), (V,): ŵ is w scaled to [0, 1] over the types seen, 1 for a type not seen
-        yet, and c makes the expected rate over the corpus, Σ f(v) r(v), the budget.
+        """Returns r(v) = min(1, c u(v)), the masking rate of each type, (V,) fractions.
 
-        Where min(1, ·) binds for the m highest types, c solves F_m + c Σ_{v>m} f u = rate, with u = 1 − σ + σ ŵ in
-        falling order and F_m the frequency of the first m; the right m is the first whose next type stays within 1."""
+        u(v) = 1 − σ + σ ŵ(v), where ŵ is w scaled to [0, 1] over the types seen, and 1 for a type
+        not seen yet. c makes the expected rate over the corpus, Σ f(v) r(v), the budget.
+
+        >>> typhoon = Typhoon(torch.tensor([50, 40, 10]), rate=0.4, spread=0.5)
+        >>> every = torch.ones(1, 2, dtype=torch.bool)
+        >>> typhoon.update(torch.tensor([[0, 1]]), torch.tensor([[-2.0, 3.0]]), every)
+        >>> [round(r, 2) for r in typhoon.rates().tolist()]  # 0.5·0.5 + 0.4·0.25 + 0.1·0.5 = 0.4
+        [0.5, 0.25, 0.5]
+        """
         low = self.weight.masked_fill(~self.seen, math.inf).min()
         high = self.weight.masked_fill(~self.seen, -math.inf).max()
-        scaled = torch.where(self.seen & (high > low), (self.weight - low) / (high - low), 1)  # ŵ
-        u = 1 - self.spread + self.spread * scaled
+        scalable = self.seen & (high > low)  # with one type seen there is nothing to scale
+        scaled = torch.where(scalable, (self.weight - low) / (high - low), 1)  # ŵ, (V,)
+        u = 1 - self.spread + self.spread * scaled  # (V,), in [1 − σ, 1]
+
+        # Without the cap at 1, Σ f c u = rate gives c = rate / Σ f u. Where c u > 1 the cap cuts
+        # something off, which the other types must get. In falling order of u, the capped types are
+        # the first m. They give the expected rate F_m, the sum of their f; the others c Σ f u. So
+        # F_m + c Σ_{others} f u = rate, and c = (rate − F_m) / Σ_{others} f u. The right m is the
+        # first at which the highest of the others is within the cap.
         falling, order = u.sort(descending=True)
         f = self.frequency[order]
-        F_m = f.cumsum(0) - f  # (V,), the frequency of all types before this one
-        rest = (f * falling).flip(0).cumsum(0).flip(0)  # (V,), Σ f u over this type and all after it
-        c = (self.rate - F_m) / rest.clamp(min=1e-30)
-        m = (c * falling <= 1).to(torch.uint8).argmax()
+        F_m = f.cumsum(0) - f  # (V,), at m: Σ f over the m types before it
+        others = (f * falling).flip(0).cumsum(0).flip(0)  # (V,), at m: Σ f u from it to the end
+        c = (self.rate - F_m) / others.clamp(min=1e-30)  # (V,), a candidate for each m
+        m = (c * falling <= 1).to(torch.uint8).argmax()  # argmax finds the first 1
         return (c[m] * u).clamp(max=1)
 
-    def mask(self, input_ids: Tensor, maskable: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Each token independently, at its type's rate. (B, L) -> (B, L) bool."""
-        return (uniform(maskable, generator) < self.rates()[input_ids]) & maskable
+    def mask(self, input_ids: Tensor, maskable: Tensor,
+             generator: Generator = None) -> Tensor:
+        """Returns a mask that takes each token independently, at its type's rate. (B, L) bool."""
+        self.used = self.rates()[input_ids]  # (B, L), for whoever asks why
+        return (uniform(maskable, generator) < self.used) & maskable
 
 
-# --- corruption ------------------------------------------------------------------------------------------------------
+# --- rarity ---------------------------------------------------------------------------------------
 
-def corrupt(input_ids: Tensor, mask: Tensor, mask_token_id: int, vocab_size: int, split=(0.8, 0.1, 0.1),
-            generator: torch.Generator | None = None, special_ids=()) -> tuple[Tensor, Tensor]:
-    """What the model reads and what it must say (BERT §3.1, §A.1).
+def rarity(token_counts: Tensor) -> Tensor:
+    """Returns −ln f(v) for every type, f its frequency in the corpus. (V,) -> (V,), nats.
 
-    Of the masked positions a share split[0] becomes [MASK], split[1] a random ordinary token, split[2] stays. Returns
-    corrupted ids (B, L) and labels (B, L): the original token, −100 off the mask. A random token is never special."""
+    The control for [E] (ours): where entropy masking does no better than rarity masking, entropy
+    only found the rare words. A type that never occurs is as rare as one that occurs once."""
+    return -(token_counts.clamp(min=1) / token_counts.sum()).log()
+
+
+# --- corruption -----------------------------------------------------------------------------------
+
+def corrupt(input_ids: Tensor, mask: Tensor, mask_token_id: int, vocab_size: int,
+            split=(0.8, 0.1, 0.1), generator: Generator = None,
+            special_ids=()) -> tuple[Tensor, Tensor]:
+    """Returns what the model reads and what it must predict (BERT §3.1, §A.1).
+
+    Of the masked positions a share split[0] becomes [MASK], split[1] a random token that is not
+    special, and split[2] stays. Returns corrupted ids (B, L) and labels (B, L): the original token,
+    and off the mask −100, which cross_entropy ignores."""
     labels = input_ids.masked_fill(~mask, -100)
     dice = uniform(mask, generator)
     corrupted = input_ids.masked_fill(mask & (dice < split[0]), mask_token_id)
     if split[1]:
         ordinary = vocab_size - len(special_ids)
-        words = torch.randint(ordinary, input_ids.shape, device=input_ids.device, generator=generator)
+        words = (uniform(mask, generator) * ordinary).long()  # (B, L), from 0 to ordinary − 1
         for special in sorted(special_ids):
             words += words >= special  # step over the special ids
         swap = mask & (dice >= split[0]) & (dice < split[0] + split[1])
@@ -251,7 +354,7 @@ def corrupt(input_ids: Tensor, mask: Tensor, mask_token_id: int, vocab_size: int
     return corrupted, labels
 
 
-# --- the strategies as the training loop sees them -------------------------------------------------------------------
+# --- the strategies as the training loop sees them ------------------------------------------------
 
 @dataclass
 class Batch:
@@ -260,7 +363,7 @@ class Batch:
     maskable: Tensor  # (B, L) bool
     index: Tensor  # (B,) which texts of the corpus these are
     attention_mask: Tensor | None = None  # (B, L), None where nothing is padded
-    token_type_ids: Tensor | None = None
+    token_type_ids: Tensor | None = None  # (B, L)
 
 
 @dataclass
@@ -271,35 +374,39 @@ class Context:
     token_counts: Tensor  # (V,), over the maskable positions of the corpus
     continuation: Tensor  # (V,) bool, True for "##" pieces
     mask_token_id: int
-    teacher_entropy: Tensor | None = None  # (texts, L) in nats, the frozen teacher's, where `needs_teacher`
-    entropy_select: str | None = None  # None: what suits the strategy
+    teacher_entropy: Tensor | None = None  # (texts, L) in nats, a frozen teacher's
+    entropy_select: str | None = None  # None: the strategy's own `select`
     entropy_input: str = "masked"  # or "visible"
     spread: float = 0.4
     ema_weight: float = 0.8
 
 
 class Strategy:
-    """One way to choose. A new one is a class with `mask` and a row in STRATEGIES; the rest is optional."""
+    """One way to choose. A new strategy is a class with a `mask` method; the rest is optional."""
     needs_teacher = False  # reads context.teacher_entropy
     wants_gradient = False  # `observe` wants to be called
-    start = 0.0  # before this fraction of the steps it is random masking's turn, unless the user says otherwise
+    start = 0.0  # random masking before this fraction of the steps, unless the user says otherwise
+    select = "high"  # as in `entropy_mask`, unless the user says otherwise
+    scores: Tensor | None = None  # (B, L) by which the last `mask` decided, NaN where it had none
 
     def __init__(self, context: Context):
         self.context = context
+        self.select = context.entropy_select or self.select
 
-    def mask(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
-        """(B, L) bool: what must be guessed."""
+    def mask(self, batch: Batch, generator: Generator = None) -> Tensor:
+        """Returns (B, L) bool, True on the tokens to guess."""
         raise NotImplementedError
 
     def observe(self, batch: Batch, hidden: Tensor | None, embedding_grad: Tensor):
-        """After a backward pass: hidden (B, L) bool, True where the model did not see the token itself (None: it saw all),
-        and the gradient (B, L, H) with respect to the word embeddings that went in."""
+        """Is called after a backward pass. hidden (B, L) bool: True where the model did not see the
+        token itself, None if it saw all; embedding_grad (B, L, H): with respect to the word
+        embeddings that went in."""
 
     def end_step(self, reduce: Callable[[Tensor], object] | None = None):
-        """After an optimizer step; `reduce` sums a tensor over data-parallel ranks."""
+        """Is called after an optimizer step; `reduce` sums a tensor over data-parallel ranks."""
 
     def state_dict(self) -> dict:
-        """Everything that a resumed run needs."""
+        """Returns everything that a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict):
@@ -307,62 +414,65 @@ class Strategy:
 
 
 class Random(Strategy):
-    """`random_mask`"""
+    """`random_mask`."""
     def mask(self, batch, generator=None):
         return random_mask(batch.maskable, self.context.rate, generator)
 
 
 class WholeWord(Strategy):
-    """`whole_word_mask`"""
+    """`whole_word_mask`."""
     def mask(self, batch, generator=None):
-        continuation = self.context.continuation[batch.input_ids]
+        continuation = self.context.continuation[batch.input_ids]  # (B, L)
         return whole_word_mask(batch.maskable, continuation, self.context.rate, generator)
 
 
 class Entropy(Strategy):
-    """`entropy_mask` over a frozen teacher's entropies, which are looked up: they never change. `mixed` and a late start
-    are the defaults because `high` from the first step leaves a small model without the language's frame (README)."""
+    """`entropy_mask` by a frozen teacher's entropies, which never change and are looked up.
+
+    `mixed` and a late start, because a small model that must guess the most uncertain tokens from
+    the first step on does not learn the common words (README)."""
     needs_teacher = True
     start = 0.5
-
-    def __init__(self, context):
-        super().__init__(context)
-        self.table = context.teacher_entropy  # (texts, L)
+    select = "mixed"
 
     def mask(self, batch, generator=None):
-        """By the entropies of the batch's own rows of the table."""
-        entropy = self.table[batch.index][:, :batch.maskable.shape[1]]  # a batch is cut to its longest text
-        select = self.context.entropy_select or "mixed"
-        return entropy_mask(entropy, batch.maskable, self.context.rate, select, generator)
+        entropy = self.context.teacher_entropy[batch.index]  # (B, longest text)
+        self.scores = entropy[:, :batch.maskable.shape[1]]  # (B, L), a batch may be cut shorter
+        return entropy_mask(self.scores, batch.maskable, self.context.rate, self.select, generator)
 
 
 class SelfEntropy(Strategy):
-    """`entropy_mask` over the entropies of the model in training, as it is now.
+    """`entropy_mask` by the entropies of the model in training, as it is now.
 
-    Hidden positions: 2k candidates, uniformly, all masked; one pass, with the head on those rows alone; the k most
-    uncertain of them. Visible ones: one pass over the text as it is, with the head on every row."""
+    With entropy_input "masked": 2k candidates are drawn uniformly and all masked; one pass, with
+    the head on the candidates alone; k of them are selected. With "visible": one pass over the text
+    as it is, with the head on every position."""
     def mask(self, batch, generator=None):
-        """By the model's entropies at this moment."""
-        context, k = self.context, budget(batch.maskable, self.context.rate)
+        context = self.context
+        k = budget(batch.maskable, context.rate, generator)
         candidates, input_ids = batch.maskable, batch.input_ids
         if context.entropy_input == "masked":
             candidates = top_k(uniform(batch.maskable, generator), batch.maskable, 2 * k)
             input_ids = input_ids.masked_fill(candidates, context.mask_token_id)
         entropy = position_entropy(context.model, batch, input_ids, candidates)
-        return select_by_entropy(entropy, candidates, k, context.entropy_select or "high", generator)
+        self.scores = entropy.masked_fill(~candidates, math.nan)
+        return select_positions(entropy, candidates, k, self.select, generator)
 
 
 class TyphoonStrategy(Strategy):
-    """`Typhoon`, fed with the gradient of the training loss: the MLM loss, as in [T]'s public code of 2023, and the
-    distillation term where there is one."""
+    """`Typhoon`, fed with the gradient of the training loss: the MLM loss, as in [T]'s public code
+    of 2023, and the distillation term where there is one."""
     wants_gradient = True
 
     def __init__(self, context):
         super().__init__(context)
-        self.typhoon = Typhoon(context.token_counts, context.rate, context.spread, context.ema_weight)
+        self.typhoon = Typhoon(context.token_counts, context.rate, context.spread,
+                               context.ema_weight)
 
     def mask(self, batch, generator=None):
-        return self.typhoon.mask(batch.input_ids, batch.maskable, generator)
+        mask = self.typhoon.mask(batch.input_ids, batch.maskable, generator)
+        self.scores = self.typhoon.used
+        return mask
 
     def observe(self, batch, hidden, embedding_grad):
         weight = self.context.model.bert.embeddings.word_embeddings.weight
@@ -380,28 +490,62 @@ class TyphoonStrategy(Strategy):
         self.typhoon.seen.copy_(state["seen"])
 
 
+class Rarity(Strategy):
+    """`entropy_mask` with the rarity of each token in the place of its entropy."""
+    def __init__(self, context):
+        super().__init__(context)
+        self.rarity = rarity(context.token_counts)  # (V,)
+
+    def mask(self, batch, generator=None):
+        self.scores = self.rarity[batch.input_ids]  # (B, L)
+        return entropy_mask(self.scores, batch.maskable, self.context.rate, self.select, generator)
+
+
 STRATEGIES: dict[str, type[Strategy]] = {
     "random": Random, "whole-word": WholeWord, "entropy": Entropy, "self-entropy": SelfEntropy,
-    "typhoon": TyphoonStrategy,
+    "typhoon": TyphoonStrategy, "rarity": Rarity,
 }
 
 
+# --- a strategy by its name -----------------------------------------------------------------------
+
+@functools.cache  # once a process, so that a class stays the same one however often it is asked for
+def import_file(path: Path):
+    """Runs a Python file and returns it as a module."""
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[str(path)] = module  # dataclasses look their module up here
+    spec.loader.exec_module(module)
+    return module
+
+
 def find_strategy(name: str) -> type[Strategy]:
-    """The class for a name of STRATEGIES, or for FILE.py:CLASS, a strategy in a file of the user's own. Raises
-    argparse.ArgumentTypeError, which says what is wrong."""
+    """Returns the class for a name of STRATEGIES, or for FILE.py:CLASS, a file of the user's own.
+
+    Raises argparse.ArgumentTypeError: one line that says what is wrong."""
     if name in STRATEGIES:
         return STRATEGIES[name]
+
+    def wrong(why: str) -> Exception:
+        return argparse.ArgumentTypeError(f"{name!r} {why}")
+
     file, _, class_name = name.rpartition(":")
+    if not file.endswith(".py"):
+        raise wrong(f"is unknown: choose from {', '.join(STRATEGIES)}, or give FILE.py:CLASS")
     if not Path(file).is_file():
-        known = ", ".join(STRATEGIES)
-        raise argparse.ArgumentTypeError(f"{name!r} is unknown: choose from {known}, or give FILE.py:CLASS")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
+        raise wrong(f"is not there: no file {file}")
     try:
-        spec.loader.exec_module(module)
-        found = getattr(module, class_name)
-    except Exception as error:  # the user's file can raise anything
-        raise argparse.ArgumentTypeError(f"{name!r}: {type(error).__name__}: {error}") from None
+        module = import_file(Path(file).resolve())
+    except (Exception, SystemExit) as error:  # the user's file can raise anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise wrong(f"cannot be imported: {said}") from None
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise wrong(f"is not there: {file} has no class {class_name}")
+    if not issubclass(found, Strategy):
+        raise wrong(f"is not a strategy: derive {class_name} from masking.Strategy")
+    if found.mask is Strategy.mask:
+        raise wrong(f"is not a strategy: {class_name} has no method `mask`")
     return found
 
 
@@ -412,85 +556,152 @@ def strategy_name(name: str) -> str:
 
 
 def strategy_label(name: str) -> str:
-    """What a strategy is called in file names and reports: its name, or the class of FILE.py:CLASS."""
+    """Returns a strategy's name in files and reports: its name, or the class of FILE.py:CLASS."""
     return name.rpartition(":")[2]
 
 
-# --- the terminal demo -----------------------------------------------------------------------------------------------
+# --- the demo -------------------------------------------------------------------------------------
 
-def demo(text: str, model, tokenizer, teacher, rate: float, seed: int) -> tuple[list[str], dict[str, tuple]]:
-    """What each strategy would mask in one text. Returns the L word pieces, and for each strategy's name a mask (L,)
-    and what it looked at: entropies in nats (L,), rates (L,), or None."""
-    ids = torch.tensor([tokenizer.encode(text).ids[:model.config.max_position_embeddings]])  # (1, L)
-    pieces = [tokenizer.id_to_token(i) for i in range(model.config.vocab_size)]
-    maskable = torch.tensor([[not (pieces[i] or "[").startswith("[") or pieces[i] == "[" for i in ids[0]]])
-    generator = torch.Generator().manual_seed(seed)
-    batch = Batch(ids, maskable, index=torch.tensor([0]))
-    counts = torch.bincount(ids[maskable], minlength=len(pieces))
-    mask_id = tokenizer.token_to_id("[MASK]")
-    entropy = {"entropy": hidden_entropy(teacher, batch, rate, mask_id, generator),
-               "self-entropy": hidden_entropy(model, batch, rate, mask_id, generator)}
-    context = Context(rate, model, counts, torch.tensor([(p or "").startswith("##") for p in pieces]), mask_id,
-                      teacher_entropy=entropy["entropy"], entropy_select="high")
-    shown = {}
-    for name, build in STRATEGIES.items():
-        strategy = build(context)
+class Cell(NamedTuple):
+    """What one strategy does with one word piece."""
+    masked: bool
+    number: str  # the score that decided, "" where there was none
+    heat: float  # that score scaled to [0, 1] over the text
+
+
+def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
+         names: Iterable[str]) -> tuple[list[str], dict[str, list[Cell]]]:
+    """Returns the L word pieces of a text, and by each strategy's label what it does with them.
+
+    Raises InputError where the text has no word to mask."""
+    ids = tokenizer.encode(text).ids[:model.config.max_position_embeddings]
+    vocabulary = [tokenizer.id_to_token(i) or "" for i in range(model.config.vocab_size)]
+    maskable = torch.tensor([[vocabulary[i] not in SPECIAL_TOKENS for i in ids]])  # (1, L)
+    if not maskable.any():
+        raise InputError("the text has no word to mask: give a sentence")
+    batch = Batch(torch.tensor([ids]), maskable, index=torch.tensor([0]))
+    continuation = torch.tensor([piece.startswith("##") for piece in vocabulary])
+    mask_id, generator = tokenizer.token_to_id("[MASK]"), torch.Generator().manual_seed(seed)
+    entropy = hidden_entropy(teacher, batch, rate, mask_id, generator)
+    context = Context(rate, model, guessed_counts(model, batch, mask_id), continuation, mask_id,
+                      entropy, entropy_select="high")
+    columns = {}
+    for name in names:
+        strategy = find_strategy(name)(context)
         if strategy.wants_gradient:
             feed(strategy, model, batch, context, generator)
-        looked_at = entropy.get(name)
-        if name == "typhoon":
-            looked_at = strategy.typhoon.rates()[ids] * maskable
-        shown[name] = (strategy.mask(batch, generator)[0], None if looked_at is None else looked_at[0])
-    return [pieces[i] for i in ids[0]], shown
+        mask = strategy.mask(batch, generator)
+        scores = entropy * math.nan if strategy.scores is None else strategy.scores.float()
+        label = strategy_label(name)[:13]  # what fits above a column
+        columns[label] = cells(mask[0], scores.masked_fill(~maskable, math.nan)[0])
+    # A terminal and XML want no control characters.
+    return ["".join(c if c.isprintable() else "?" for c in vocabulary[i]) for i in ids], columns
+
+
+def guessed_counts(model, batch: Batch, mask_id: int) -> Tensor:
+    """Returns (V,) how often each type occurs among a million tokens, as the model guesses it.
+
+    The corpus is not at hand here, but where it sees no word a masked LM guesses by frequency."""
+    masked_ids = batch.input_ids.masked_fill(batch.maskable, mask_id)
+    with evaluating(model):
+        return 1e6 * model(masked_ids, positions=batch.maskable).softmax(-1).mean(0)
 
 
 def feed(strategy: Strategy, model, batch: Batch, context: Context, generator, rounds: int = 16):
-    """One step of gradients from `rounds` random maskings of one text, as if the corpus were that text."""
+    """Gives a strategy a step of gradients, from `rounds` random maskings of one text."""
     for _ in range(rounds):
         mask = random_mask(batch.maskable, context.rate, generator)
-        corrupted, labels = corrupt(batch.input_ids, mask, context.mask_token_id, 0, (1, 0, 0), generator)
+        corrupted, labels = corrupt(batch.input_ids, mask, context.mask_token_id, 0, (1, 0, 0))
         words = model.bert.embeddings.word_embeddings(corrupted).detach().requires_grad_()
-        loss = F.cross_entropy(model(inputs_embeds=words, positions=mask), labels[mask])
-        strategy.observe(batch, mask, torch.autograd.grad(loss, words)[0])  # pure [MASK]: the masked are the hidden
+        loss = F.cross_entropy(model(inputs_embeds=words, positions=mask), labels[mask],
+                               reduction="sum")  # a mean would be NaN where k is 0
+        gradient, = torch.autograd.grad(loss, words)
+        strategy.observe(batch, mask, gradient)  # all that is masked is hidden, by [MASK]
     strategy.end_step()
 
 
-def demo_lines(pieces: list[str], shown: dict[str, tuple], colour: bool) -> list[str]:
-    """A line per word piece, a column per strategy: a block where it is masked, and the number that decided."""
+def cells(mask: Tensor, scores: Tensor) -> list[Cell]:
+    """Returns L cells. mask (L,) bool, scores (L,), not finite where there is no score."""
+    known = scores[scores.isfinite()].tolist() or [0.0]
+    low, scale = min(known), max(known) - min(known) or 1.0
+    column = []
+    for masked, score in zip(mask.tolist(), scores.tolist()):
+        if math.isfinite(score):
+            column.append(Cell(masked, f"{score:.2f}", (score - low) / scale))
+        else:
+            column.append(Cell(masked, "", 0.0))
+    return column
+
+
+def demo_lines(pieces: list[str], columns: dict[str, list[Cell]], colour: bool) -> list[str]:
+    """Returns the demo for a terminal: a line for each word piece, a column for each strategy."""
     width = max(map(len, pieces)) + 2
-    lines = [" " * width + "".join(f"{name:<15}" for name in shown)]
-    ranges = {name: (values[values > 0].min(), values.max()) for name, (_, values) in shown.items() if values is not None}
-    for i, piece in enumerate(pieces):
+    lines = [" " * width + "".join(f"{name:<15}" for name in columns)]
+    for piece, *row in zip(pieces, *columns.values()):
         line = f"{piece:<{width}}"
-        for name, (mask, values) in shown.items():
-            number = f"{values[i]:6.2f}" if values is not None and values[i] > 0 else " " * 6
-            cell = f" {'[MASK]' if mask[i] else '  .   '} {number} "
-            if colour and number.strip():  # 256-colour grey to red by the value
-                low, high = ranges[name]
-                heat = int(5 * (values[i] - low) / (high - low).clamp(min=1e-9))
-                cell = f"\x1b[48;5;{16 + 36 * heat}m\x1b[97m{cell}\x1b[0m"
-            line += f"\x1b[1m{cell}\x1b[0m" if colour and mask[i] else cell
+        for masked, number, heat in row:
+            cell = f" {'[MASK]' if masked else '  .   '} {number:>6} "
+            if colour and number:  # white on one of six steps from black to red
+                cell = f"\x1b[48;5;{16 + 36 * int(5 * heat)}m\x1b[97m{cell}\x1b[0m"
+            line += f"\x1b[1m{cell}\x1b[0m" if colour and masked else cell
         lines.append(line)
     return lines
 
 
+SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" width="{}" height="{}" role="img">
+<title>What each strategy masks</title>
+<style>
+text {{ font: 13px monospace; fill: #1f2328 }} .bold {{ font-weight: bold }}
+.page {{ fill: #fff }} .heat {{ fill: #f08c00 }}
+.masked {{ fill: none; stroke: #1f2328; stroke-width: 2 }}
+@media (prefers-color-scheme: dark) {{
+text {{ fill: #e6edf3 }} .page {{ fill: #0d1117 }} .heat {{ fill: #c2410c }}
+.masked {{ stroke: #e6edf3 }} }}
+</style>
+<rect class="page" width="100%" height="100%"/>"""
+
+
+def demo_svg(pieces: list[str], columns: dict[str, list[Cell]]) -> str:
+    """Returns the demo as an SVG drawing: a masked cell has a frame, its colour is the score."""
+    wide, high, left = 104, 24, 24 + 8 * max(map(len, pieces))  # a cell's size, where cells begin
+    text = '<text x="{}" y="{}" {}>{}</text>'.format
+    box = f'<rect x="{{}}" y="{{}}" width="{wide - 6}" height="{high - 3}" {{}}/>'.format
+    drawn = [SVG_HEAD.format(left + wide * len(columns), high * (len(pieces) + 1) + 8)]
+    for row, piece in enumerate(pieces, start=1):
+        drawn.append(text(12, high * row + 17, "", html.escape(piece)))
+    for number_of_column, (name, column) in enumerate(columns.items()):
+        x = left + wide * number_of_column
+        drawn.append(text(x, 17, 'class="bold"', html.escape(name)))
+        for row, (masked, number, heat) in enumerate(column, start=1):
+            y = high * row
+            if number:
+                opacity = 0.08 + 0.72 * heat
+                drawn.append(box(x, y + 1, f'class="heat" fill-opacity="{opacity:.2f}"'))
+                drawn.append(text(x + wide - 12, y + 17, 'text-anchor="end"', number))
+            if masked:
+                drawn.append(box(x, y + 1, 'class="masked"'))
+                drawn.append(text(x + 6, y + 17, 'class="bold"', "[MASK]"))
+    return "\n".join([*drawn, "</svg>\n"])
+
+
 def parse_args(argv=None):
     """The demo's options."""
-    from model import Parser
     parser = Parser(description="Shows what each strategy would mask in a text, and why.")
-    parser.add_argument("text")
-    parser.add_argument("--model", help="run directory, Hugging Face directory or hub name (default: the newest run)")
-    parser.add_argument("--mask-rate", type=float, default=0.15)
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("text")
+    add("--model", help="run, Hugging Face directory or hub name (default: the newest run)")
+    add("--masking", type=strategy_name, metavar="FILE.py:CLASS", help="your strategy, as a column")
+    add("--mask-rate", type=number(float, above=0, below=1), default=0.15)
+    add("--seed", type=number(int, low=0, below=2 ** 63), default=0)
+    add("--svg", type=Path, metavar="FILE", help="also draw what the terminal shows into this file")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """The demo's command line. model.py is imported here alone: the strategies need nothing but torch."""
-    from model import InputError, load_pretrained, read_json
+    """The demo's command line."""
     args = parse_args(argv)
-    if not 0 < args.mask_rate < 1:
-        raise InputError(f"--mask-rate {args.mask_rate} is not between 0 and 1")
+    if args.svg and (args.svg.is_dir() or not can_write(args.svg)):
+        raise InputError(f"--svg {args.svg} is wrong: it must be a file that can be written")
     runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not (args.model or runs):
         raise InputError("there is no run here yet: run train.py first, or give --model")
@@ -499,15 +710,21 @@ def main(argv=None):
     settings = Path(source) / "train_args.json"
     teacher_dir = read_json(settings).get("teacher_dir") if settings.exists() else None
     teacher = load_pretrained(teacher_dir, head="mlm")[0] if teacher_dir else model
-    text = args.text.encode(errors="surrogateescape").decode(errors="replace")  # a shell may pass what is no UTF-8
-    pieces, shown = demo(text, model.eval(), tokenizer, teacher.eval(), args.mask_rate, args.seed)
-    if not any(mask.any() for mask, _ in shown.values()):
-        raise InputError("the text has no word to mask: give a sentence")
+    text = args.text.encode(errors="surrogateescape").decode(errors="replace")  # from any shell
+    names = dict.fromkeys([*STRATEGIES, args.masking or "random"])  # each of them once
+    pieces, columns = demo(text, model.eval(), tokenizer, teacher.eval(), args.mask_rate,
+                           args.seed, names)
     print(f"model {source}, teacher {teacher_dir or 'the same'}, {args.mask_rate:.0%} masked")
-    print("\n".join(demo_lines(pieces, shown, colour=sys.stdout.isatty())))
-    print("entropy and self-entropy: nats, each word piece hidden in turn; typhoon: its type's masking rate")
+    print("\n".join(demo_lines(pieces, columns, colour=sys.stdout.isatty())))
+    print(f"""The numbers decided; the entropies and rarity take the highest ones.
+entropy: nats, one in {math.ceil(1 / args.mask_rate)} word pieces hidden from the teacher at a time
+self-entropy: nats, of candidates for twice the budget, all hidden from the model at once
+typhoon: the masking rate of the word piece
+rarity: -ln of the frequency that the model guesses where it sees no word""")
+    if args.svg:
+        write_atomic(args.svg, demo_svg(pieces, columns))
 
 
 if __name__ == "__main__":
-    from model import run_cli
-    run_cli(main)
+    import masking  # not __main__ again: a user's file derives its class from masking.Strategy
+    run_cli(masking.main)

@@ -25,7 +25,8 @@ def test_it_is_the_formula_in_numpy(alpha, temperature):
     kl = (pt * (np.log(pt) - np.log(ps))).sum(-1).mean()
     ce = -np.log(softmax(s)[np.arange(6), LABELS]).mean()
     expected = alpha * temperature ** 2 * kl + (1 - alpha) * ce
-    assert kd_loss(logits(0), logits(1), LABELS, alpha, temperature).item() == pytest.approx(expected, rel=1e-5)
+    got = kd_loss(logits(0), logits(1), LABELS, alpha, temperature).item()
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
@@ -41,7 +42,7 @@ def test_at_alpha_zero_it_is_cross_entropy_and_wants_no_teacher():
 
 
 def test_hot_gradients_match_logits():
-    """Hinton et al. §2.1: for T → ∞ and zero-mean logits, ∂(T² KL)/∂z = (z_s − z_t) / V, here over N rows."""
+    """Hinton et al. §2.1: T → ∞, zero-mean logits, ∂(T² KL)/∂z = (z_s − z_t) / V, over N rows."""
     s, t = (z - z.mean(-1, keepdim=True) for z in (logits(0).double(), logits(1).double()))
     s.requires_grad_()
     for temperature, tolerance in ((100.0, 0.05), (1000.0, 0.005)):
@@ -50,10 +51,42 @@ def test_hot_gradients_match_logits():
         assert (gradient - limit).norm() / limit.norm() < tolerance
 
 
-def model(layers, hidden=16, seed=0):
+def test_the_size_of_the_gradient_settles_as_the_temperature_grows():
+    """Not at its size at T = 1; without T² each doubling would divide it by four for ever."""
+    norms = []
+    for temperature in (1.0, 64.0, 128.0):
+        s = logits(0).double().requires_grad_()
+        loss = kd_loss(s, logits(1).double(), LABELS, 1.0, temperature)
+        norms.append(torch.autograd.grad(loss, s)[0].norm().item())
+    assert norms[0] != pytest.approx(norms[1], rel=0.2)
+    assert norms[2] == pytest.approx(norms[1], rel=0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_large_logits_do_not_overflow(temperature):
+    """A probability that is 0 in float32 has a finite logarithm: the teacher is sure of another."""
+    student = torch.tensor([[300.0, 0.0]]).requires_grad_()
+    loss = kd_loss(student, -student.detach(), torch.tensor([1]), 0.5, temperature)
+    loss.backward()
+    kl = 600.0 / temperature - 300.0 / temperature  # ln p_t − ln p_s of the teacher's sure token
+    expected = 0.5 * temperature ** 2 * kl + 0.5 * 300.0
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_bf16_logits_are_computed_in_float32(alpha):
+    """Under autocast logits come as bf16; their loss is that of the same numbers in float32."""
+    student, teacher = logits(0).bfloat16(), logits(1).bfloat16()
+    got = kd_loss(student, teacher, LABELS, alpha, 2.0)
+    expected = kd_loss(student.float(), teacher.float(), LABELS, alpha, 2.0)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+
+
+def model(layers, hidden=16, seed=0, **fields):
     torch.manual_seed(seed)
-    return BertForMaskedLM(BertConfig(vocab_size=30, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2,
-                                      intermediate_size=24, max_position_embeddings=16))
+    return BertForMaskedLM(BertConfig(
+        vocab_size=30, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=16, **fields))
 
 
 def test_layers_are_copied_evenly_spaced():
@@ -62,7 +95,8 @@ def test_layers_are_copied_evenly_spaced():
     init_student(student, teacher, "layers")
     for i, layer in enumerate(student.bert.layers):
         assert torch.equal(layer.output.weight, teacher.bert.layers[2 * i].output.weight)
-    assert torch.equal(student.bert.embeddings.word_embeddings.weight, teacher.bert.embeddings.word_embeddings.weight)
+    ours, theirs = student.bert.embeddings, teacher.bert.embeddings
+    assert torch.equal(ours.word_embeddings.weight, theirs.word_embeddings.weight)
 
 
 def test_embeddings_alone_leave_the_layers():
@@ -81,7 +115,26 @@ def test_same_depth_copies_the_whole_encoder():
 
 
 def test_what_does_not_fit_names_both_shapes():
-    with pytest.raises(InputError, match=r"\(30, 16\) in the student and \(30, 32\) in the teacher"):
+    both = r"\(30, 16\) in the student and \(30, 32\) in the teacher"
+    with pytest.raises(InputError, match=both):
         init_student(model(2), model(2, hidden=32), "embeddings")
     with pytest.raises(InputError, match="3 layers, the teacher 2"):
         init_student(model(3), model(2), "layers")
+
+
+def test_what_does_not_fit_leaves_the_student_as_it_was():
+    student, untouched = model(2), model(2)
+    with pytest.raises(InputError):
+        init_student(student, model(2, hidden=32, seed=1), "layers")
+    ours, before = student.state_dict(), untouched.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in ours.items())
+
+
+def test_a_student_without_token_types_takes_the_rest():
+    """DistilBERT has none. As a teacher of BERT it lacks them, and the error says so."""
+    bert, distilbert = model(2, seed=1), model(2, model_type="distilbert")
+    init_student(distilbert, bert, "embeddings")
+    assert torch.equal(distilbert.bert.embeddings.position_embeddings.weight,
+                       bert.bert.embeddings.position_embeddings.weight)
+    with pytest.raises(InputError, match=r"token_type_embeddings.weight is \(2, 16\) .* nothing"):
+        init_student(bert, distilbert, "embeddings")

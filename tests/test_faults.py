@@ -212,8 +212,14 @@ CASES = {
             "headless": "no whole masked-LM head", "scalar": "query.weight is ()", "pickle": "cannot be read as plain tensors"}.items())],
     masking: [
         ("", "the following arguments are required: text"), ("text", "there is no run here yet: run train.py first"),
-        ("'the cat' --model nowhere", "the hub did not give it"), ("'' --model model", "no word to mask"),
-        ("'the cat' --model model --mask-rate 1", "--mask-rate 1.0"), ("zzz\udcff --model model", "no word to mask"),
+        ("'the cat' --model nowhere", "the hub did not give it"),
+        ("'' --model model", "no word to mask"), ("zzz\udcff --model model", "no word to mask"),
+        ("'the cat' --model model --mask-rate 1", "--mask-rate: 1 is not"),
+        ("'the cat' --model model --seed -1", "--seed: -1 is not"),
+        ("'the cat' --model model --svg empty", "--svg empty is wrong: it must be a file"),
+        ("'the cat' --model model --svg text.txt/x.svg", "--svg text.txt/x.svg is wrong"),
+        ("'the cat' --model model --masking rnd", "'rnd' is unknown: choose from random"),
+        ("'the cat' --model model --masking no.py:Mine", "no file no.py"),
         ("'the cat' --model demo", "demo/train_args.json is not JSON")],
     glue: [
         ("--model model", "the following arguments are required: --task"), (f"{SST2} sst2", "required: --model"),
