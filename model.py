@@ -291,6 +291,19 @@ class BertForSequenceClassification(nn.Module):
         return self.classifier(self.dropout(pooled))
 
 
+@torch.no_grad()
+def local_start(model: "BertForMaskedLM"):
+    """Sinusoidal positions at twice the word embeddings' rms; each key matrix a copy of its query."""
+    words, positions = (model.bert.embeddings.word_embeddings.weight,
+                        model.bert.embeddings.position_embeddings.weight)
+    L, H = positions.shape
+    angle = torch.arange(L)[:, None] / 10000 ** (torch.arange(0, H, 2) / H)  # (L, H / 2)
+    waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :H]  # (L, H)
+    positions.copy_(waves * (2 * words.square().mean().sqrt() / waves.square().mean().sqrt()))
+    for block in model.bert.layers:
+        block.attention.qkv.weight[H:2 * H] = block.attention.qkv.weight[:H]
+
+
 # --- Hugging Face's names --------------------------------------------------------------------------------------------
 
 LAYER_NAMES = {  # ours -> BERT's, DistilBERT's; one fused matrix here is three there
