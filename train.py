@@ -254,9 +254,8 @@ def pretrain(args: Namespace):
     if rank() == 0:
         write_atomic(run.path / "train_args.json", json.dumps(settings, indent=1) + "\n")
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    say(f"{run.path}: {strategy_label(args.masking)} masking of {args.mask_rate:.0%}, "
-        f"{len(trainer.texts):,} windows of {args.seq_len} tokens, {parameters:,} parameters, "
-        f"on {trainer.device}")
+    say(f"{run.path}: {len(trainer.texts):,} windows of {args.seq_len} tokens, {parameters:,} "
+        f"parameters, {args.mask_rate:.0%} of the tokens masked, on {trainer.device}")
     totals, seconds = training_loop(trainer, exam, run, args, state)
     finish(trainer, exam, tokenizer, run.path, settings, totals, seconds)
 
@@ -272,6 +271,8 @@ def training_loop(trainer: Trainer, exam: Exam, run: RunDirectory, args: Namespa
     totals = state.get("totals", torch.zeros(2, dtype=torch.float64))  # up to the last log line
     eval_every = args.eval_every or max(1, args.steps // 10)
     tokens = args.batch_size * args.seq_len  # in a step
+    on_gpu = trainer.device.type == "cuda"
+    device_name = torch.cuda.get_device_name() if on_gpu else str(trainer.device)
     bar = tqdm(total=args.steps * tokens, initial=first * tokens, unit="tok", unit_scale=True,
                desc=run.path.name, mininterval=1, disable=rank() > 0)
     trainer.model.train()
@@ -295,9 +296,8 @@ def training_loop(trainer: Trainer, exam: Exam, run: RunDirectory, args: Namespa
                 lr = trainer.optimizer.param_groups[0]["lr"]
                 run.append("log.jsonl", step=step + 1, loss=mean, lr=lr,
                            grad_norm=norm.max().item(), masked=int(totals[0]))
-                run.append("timing.jsonl", step=step + 1, seconds=seconds,
-                           tokens_per_second=(step + 1) * tokens / seconds,
-                           device=device_name(trainer.device), ranks=world_size())
+                run.append("timing.jsonl", step=step + 1, seconds=seconds, device=device_name,
+                           tokens_per_second=(step + 1) * tokens / seconds)
                 bar.set_postfix(step=step + 1, loss=f"{mean:.3f}", lr=f"{lr:.1e}")
                 results = []
             if due(eval_every):
@@ -352,8 +352,8 @@ def set_up(args: Namespace) -> tuple[Trainer, Exam, Tokenizer, dict]:
         if find_strategy(args.masking).needs_teacher:
             table = cached_entropies(teacher, teacher_weights, texts, args, bf16)
     strategy = build_strategy(args.masking, model, texts, args, table)
-    numbers = {name: getattr(args, name) for name in Recipe.__dataclass_fields__}
-    recipe = Recipe(**numbers | {"bf16": bf16})
+    recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__})
+    recipe.bf16 = bf16
     if args.compile:
         model.bert.compile()
         model.head.compile()
@@ -428,7 +428,7 @@ def finish(trainer: Trainer, exam: Exam, tokenizer: Tokenizer, path: Path, setti
         f"{totals[0]:,.0f} guesses in all\n\n{exam_table(results)}\n\n{mine.entropy_line()}\n"
         "The same exam for every strategy. A strategy's own training loss is no measure: hard "
         "tokens cost more.")
-    if mine.metrics()["log_likelihood"] < baseline["log_likelihood"]:
+    if not mine.metrics()["log_likelihood"] >= baseline["log_likelihood"]:  # worse, or NaN
         say("This model is worse than guessing by frequency alone. Either the training diverged "
             f"(the loss in {path}/log.jsonl rises: lower --lr or lengthen --warmup), or it was too "
             "short (raise --steps), or the strategy asks for rare word pieces so often that the "
@@ -559,15 +559,12 @@ class Exam:
 
 def exam_table(results: dict[str, ExamResult]) -> str:
     """Returns the summary's table, a line for each name."""
-    heads = ("loss (nats)", "accuracy", *BANDS)
-    lines = [f"{'held-out text, random positions, all [MASK]':<44}"
-             + "".join(f"{head:>{len(head) + 2}}" for head in heads)]
+    title, heads = "held-out text, random positions, all [MASK]", ("accuracy", *BANDS)
+    lines = [f"{title:<44}  loss (nats)" + "".join(f"{head:>10}" for head in heads)]
     for name, result in results.items():
         metrics = result.metrics()
-        line = f"  {name:<42}{-metrics['log_likelihood']:>13.2f}"
-        for head in heads[1:]:
-            line += f"{metrics[head]:>{len(head) + 2}.1%}"
-        lines.append(line)
+        shares = "".join(f"{metrics[head]:>10.1%}" for head in heads)
+        lines.append(f"  {name:<42}{-metrics['log_likelihood']:>13.2f}{shares}")
     return "\n".join(lines)
 
 
@@ -594,8 +591,8 @@ def load_models(args: Namespace):
     Where a teacher is wanted and none is given, it is --init's model, or else one that is trained
     here and now. Its tokenizer is the student's too, for the same id must mean the same word piece.
     Raises InputError where --teacher, --init and the options do not fit together."""
-    strategy, copies = find_strategy(args.masking), args.student_init != "random"
-    wanted = strategy.needs_teacher or args.kd_weight > 0 or copies
+    wanted = (find_strategy(args.masking).needs_teacher or args.kd_weight > 0
+              or args.student_init != "random")
     teacher_dir = args.teacher or (args.init if wanted else None)
     if args.resume:
         teacher_dir = read_json(Path(args.resume) / "train_args.json").get("teacher_dir")
@@ -1095,9 +1092,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):  # no such device, or PyTorch was built without it
-        raise InputError(f"--device {name}: this machine has none that PyTorch can use; try "
-                         "--device auto") from None
+    except (RuntimeError, AssertionError) as error:  # not there, or PyTorch was built without it
+        raise InputError(f"--device {name}: this machine has none that PyTorch can use ({error}); "
+                         "try --device auto") from None
     return device
 
 
@@ -1105,13 +1102,6 @@ def use_bf16(device: torch.device, asked: bool | None) -> bool:
     """Returns what the user asked for, and without a word True on a GPU that has bfloat16."""
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return has_it if asked is None else asked
-
-
-def device_name(device: torch.device) -> str:
-    """Returns what a reader of timings must know of the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 # --- the run directory, signals -------------------------------------------------------------------
@@ -1169,17 +1159,20 @@ class RunDirectory:
 
 
 def new_directory(args: Namespace) -> Path:
-    """Returns --out, or else the first free of runs/entropy, runs/entropy_2, ...; made by rank 0,
-    which alone writes there."""
-    if args.out or rank() > 0:
-        Path(args.out or ".").mkdir(parents=True, exist_ok=True)
-        return Path(args.out or ".")
-    name = "runs/" + strategy_label(args.masking) + ("-kd" if args.kd_weight else "")
-    for number_of_run in itertools.count(1):
-        path = Path(name if number_of_run == 1 else f"{name}_{number_of_run}")
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
+    """Makes and returns --out, or else the first free of runs/entropy, runs/entropy_2, ..."""
+    found = [args.out]
+    if not args.out and rank() == 0:
+        stem = "runs/" + strategy_label(args.masking) + ("-kd" if args.kd_weight else "")
+        names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
+        for name in names:
+            with contextlib.suppress(FileExistsError):
+                Path(name).mkdir(parents=True)  # of two runs that begin at once, one gets it
+                found = [name]
+                break
+    if world_size() > 1:
+        dist.broadcast_object_list(found)  # rank 0 chose
+    Path(found[0]).mkdir(parents=True, exist_ok=True)
+    return Path(found[0])
 
 
 def versions() -> dict[str, str | None]:
@@ -1237,7 +1230,7 @@ def make_parser() -> Parser:
     fraction, count = number(float, low=0, high=1), number(int, low=1)
     positive = number(float, above=0)
 
-    add = parser.add_argument_group("masking: which tokens must be guessed").add_argument
+    add = parser.add_argument_group("masking").add_argument
     add("--masking", default="random", type=strategy_name, metavar="STRATEGY",
         help=f"{', '.join(STRATEGIES)}, or FILE.py:CLASS of your own")
     add("--mask-rate", type=number(float, above=0, below=1), default=0.15,
@@ -1253,17 +1246,14 @@ def make_parser() -> Parser:
         help="entropy of a token that the model sees, or of one that is hidden from it")
     add("--typhoon-spread", type=number(float, low=0, below=1), default=0.4,
         help="the lowest rate is 1 - spread times the highest")
-    add("--typhoon-ema", type=fraction, default=0.8,
-        help="weight of the new value in the moving average")
+    add("--typhoon-ema", type=fraction, default=0.8, help="moving average: weight of a new value")
 
     add = parser.add_argument_group("distillation and the teacher").add_argument
-    add("--teacher", metavar="MODEL",
-        help="for entropy masking and distillation (default: trained first, and kept)")
+    add("--teacher", metavar="MODEL", help="default, where one is needed: trained first, and kept")
     add("--teacher-steps", type=count, default=2300, help="steps of the teacher trained first")
     add("--teacher-seed", type=number(int, low=0, below=2 ** 31), default=0,
         help="its seed; runs with the same one share their teacher, whatever their own --seed")
-    add("--kd-weight", type=fraction, default=0.0,
-        help="alpha: share of the distillation term in the loss")
+    add("--kd-weight", type=fraction, default=0.0, help="alpha: distillation's share of the loss")
     add("--kd-temperature", type=positive, default=2.0, help="T: softens teacher and student")
     add("--kd-start", type=fraction, default=0.0, help="distil after this fraction of the steps")
     add("--student-init", choices=["random", "embeddings", "layers"], default="random",
@@ -1271,21 +1261,18 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--corpus", nargs="+", default=["docs"],
-        help=f"any of docs, {', '.join(WIKITEXT)}, files (text; .jsonl with a \"text\" a line), "
-             "folders, globs")
+        help=f"any of docs, {', '.join(WIKITEXT)}, folders, globs, files (text, or .jsonl with a "
+             "\"text\" in each line)")
     add("--corpus-fraction", type=number(float, above=0, high=1), default=1.0,
         help="train on this share of the documents")
-    add("--vocab-size", type=number(int, low=100),
-        help="word pieces to train (default: 8192, or the teacher's)")
-    add("--seq-len", type=number(int, low=3), default=128,
-        help="tokens a window, [CLS] and [SEP] included")
+    add("--vocab-size", type=number(int, low=100), help="default: 8192, or the teacher's")
+    add("--seq-len", type=number(int, low=3), default=128, help="tokens a window, [CLS] included")
 
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=list(PRESETS), default="tiny", help="size of a fresh model")
-    add("--plain-start", action="store_true",
-        help="BERT's own initialisation of a fresh model, without local attention at the start")
-    add("--init", metavar="MODEL",
-        help="start from this model instead: a run, a Hugging Face directory or a hub name")
+    add("--plain-start", action="store_true", help="a fresh model starts as BERT's does, without "
+        "the positions and keys that make it attend to neighbours")
+    add("--init", metavar="MODEL", help="start from this run, Hugging Face directory or hub name")
     add("--dropout", type=fraction, default=0.0, help="0 suits short runs; BERT has 0.1")
 
     add = parser.add_argument_group("loop").add_argument
@@ -1294,23 +1281,19 @@ def make_parser() -> Parser:
     add("--accumulate", type=count, default=1, help="micro-batches that a rank cuts its share into")
     add("--lr", type=positive, default=2e-3, help="peak learning rate of AdamW")
     add("--warmup", type=fraction, default=0.1, help="fraction of the steps in which it rises")
-    add("--weight-decay", type=number(float, low=0), default=0.01,
-        help="not on biases and LayerNorms")
+    add("--weight-decay", type=number(float, low=0), default=0.01, help="of matrices only")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
     add("--seed", type=number(int, low=0, below=2 ** 63), default=0,
         help="of weights, order, masks and dropout")
 
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--bf16", action=BooleanOptionalAction,
-        help="bfloat16 autocast (default: on a GPU that has it)")
+    add("--bf16", action=BooleanOptionalAction, help="default: on a GPU that has it")
     add("--compile", action="store_true", help="torch.compile the encoder and the head")
-    add("--out", metavar="RUN",
-        help="run directory (default: runs/STRATEGY, or the first free runs/STRATEGY_N)")
+    add("--out", metavar="RUN", help="default: runs/STRATEGY, or the first free runs/STRATEGY_N")
     add("--resume", metavar="RUN", help="go on with this run, with its own arguments")
     add("--log-every", type=count, default=100, metavar="STEPS")
-    add("--eval-every", type=count, metavar="STEPS",
-        help="the held-out exam (default: a tenth of --steps)")
+    add("--eval-every", type=count, metavar="STEPS", help="the exam; default: a tenth of --steps")
     add("--save-every", type=count, default=500, metavar="STEPS")
     return parser
 
@@ -1367,27 +1350,24 @@ def stored_args(run: Path) -> Namespace:
 
 def check_together(args: Namespace):
     """Raises InputError where the arguments do not fit one another, or this machine."""
-    def require(holds: bool, message: str):
-        if not holds:
-            raise InputError(message)
-
-    shares = " ".join(map(str, args.corruption))
-    require(abs(sum(args.corruption) - 1) < 1e-6,
-            f"--corruption {shares}: three shares that sum to 1, such as 0.8 0.1 0.1")
+    if abs(sum(args.corruption) - 1) > 1e-6:
+        raise InputError(f"--corruption {' '.join(map(str, args.corruption))}: three shares that "
+                         "sum to 1, such as 0.8 0.1 0.1")
     positions = BertConfig.max_position_embeddings
-    require(bool(args.init) or args.seq_len <= positions,
-            f"--seq-len {args.seq_len}: a fresh model has {positions} positions")
-    require(args.batch_size % (world_size() * args.accumulate) == 0,
-            f"--batch-size {args.batch_size} cannot be shared by {world_size()} ranks × "
-            f"{args.accumulate} micro-batches")
+    if not args.init and args.seq_len > positions:
+        raise InputError(f"--seq-len {args.seq_len}: a fresh model has {positions} positions")
+    if args.batch_size % (world_size() * args.accumulate):
+        raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world_size()} ranks "
+                         f"× {args.accumulate} micro-batches")
     if rank() == 0:  # the other ranks go on when rank 0, and with it any download, is ready
         corpus_files(args.corpus)
     if args.out and not args.resume:
         out = Path(args.out)
-        require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
-                f"--out {out} holds something already: choose another, or --resume {out}")
-        require(can_write(out / "log.jsonl"),
-                f"--out {out}: no folder can be made or written there")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out} holds something already: choose another, or --resume "
+                             f"{out}")
+        if not can_write(out / "log.jsonl"):
+            raise InputError(f"--out {out}: no folder can be made or written there")
     pick_device(args.device)
 
 
