@@ -46,7 +46,7 @@ def weights(run):
     return (Path(run) / "model.safetensors").read_bytes()
 
 
-# --- the step --------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------
 
 def trainer(model, texts, name="random", **numbers):
     context = Context(0.3, model, texts.token_counts(), texts.vocab.continuation, texts.vocab.mask_id,
@@ -129,7 +129,8 @@ def test_micro_batches_without_a_masked_token_change_nothing(model):
 
 def test_every_epoch_reads_every_text_once_in_its_own_order(model):
     one = trainer(model, numbered_texts(n=24), batch_size=8)
-    epochs = [torch.cat([torch.cat(one.text_numbers(step)) for step in range(first, first + 3)]) for first in (0, 3)]
+    read = [torch.cat(one.text_numbers(step)) for step in range(6)]
+    epochs = [torch.cat(read[:3]), torch.cat(read[3:])]
     assert [sorted(epoch.tolist()) for epoch in epochs] == [list(range(24))] * 2
     assert epochs[0].tolist() != epochs[1].tolist()
     uneven = trainer(model, numbered_texts(n=20), batch_size=8)
@@ -252,7 +253,7 @@ def test_a_sixth_strategy_is_a_class_and_a_row(model, monkeypatch):
     assert one.step(0)[2] == 16
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 def test_the_default_corpus_is_real_english():
     documents = train.python_docs()
@@ -312,7 +313,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, monkeypatch):
     train.cached("x", ["key"], lambda: pytest.fail("the cache was there"))
 
 
-# --- the entropy table and the exam ----------------------------------------------------------------------------------
+# --- the entropy table and the exam ---------------------------------------------------------------
 
 def test_the_table_is_the_direct_computation_to_float16(model):
     texts = numbered_texts(n=70)
@@ -392,7 +393,7 @@ def test_the_entropy_line_by_hand():
     assert "sd 1.12 nats, Spearman with the loss 0.80" in line
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("extra", [[], ["--kd-weight", "0.5"]], ids=["plain", "kd"])
 @pytest.mark.parametrize("masking", STRATEGIES)
@@ -484,7 +485,8 @@ def test_a_run_leaves_its_exam_its_provenance_and_its_times(corpus, tmp_path, mo
     settings = json.loads(Path("runs/entropy-kd/train_args.json").read_text())
     assert record["task"] == "mlm" and record["strategy"] == "entropy-kd"
     assert record["pattern"] is None
-    assert record["model"] == "runs/entropy-kd" and record["args"] == record["pretraining"] == settings
+    assert record["model"] == "runs/entropy-kd"
+    assert record["args"] == record["pretraining"] == settings
     assert record["weights"] == weights_digest("runs/entropy-kd")
     assert settings["teacher_weights"] == weights_digest(settings["teacher_dir"])
     assert settings["ranks"] == 1 and 0.1 < record["masked"] < 0.2
@@ -492,8 +494,8 @@ def test_a_run_leaves_its_exam_its_provenance_and_its_times(corpus, tmp_path, mo
         "accuracy", "common", "middle", "rare", "log_likelihood"}
     rows = {name: np.array(part) for name, part in record["dev"].items()}
     assert train.exam_metrics(**rows) == record["last"]
-    lines = [json.loads(line) for line in Path("runs/entropy-kd/timing.jsonl").read_text().split("\n")
-             if line]
+    text = Path("runs/entropy-kd/timing.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines] == list(range(3, 31, 3))
     assert all(line["seconds"] > 0 and line["tokens_per_second"] > 0 for line in lines)
     assert "cpu" in lines[0]["device"]
@@ -542,7 +544,7 @@ def test_a_named_corpus_files_and_formats_mix(tmp_path, monkeypatch):
         assert document in found
 
 
-# --- the automatic teacher ---------------------------------------------------------------------------
+# --- the automatic teacher ------------------------------------------------------------------------
 
 def test_the_teachers_own_tokenizer_is_the_students(corpus, tmp_path, monkeypatch):
     """runs/ is kept, data/cache is lost, and another version of the library trains another
@@ -596,8 +598,9 @@ def test_the_entropy_tables_name_holds_precision_and_device(model, tmp_path, mon
 
 def test_another_teacher_seed_is_another_teacher(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    arguments = ["--masking", "entropy", "--corpus", str(corpus), *SMALL]
     for seed in ("0", "1"):
-        train.main(["--masking", "entropy", "--corpus", str(corpus), *SMALL, "--teacher-seed", seed])
+        train.main([*arguments, "--teacher-seed", seed])
     first, second = Path("runs").glob("reference-*")
     assert weights(first) != weights(second)
 
@@ -647,7 +650,7 @@ def test_a_student_has_its_tokenizers_pad(tmp_path, monkeypatch):
     assert batch.attention_mask.tolist() == [[True, True, True, False], [True] * 4]
 
 
-# --- interrupted runs ------------------------------------------------------------------------------------------------
+# --- interrupted runs -----------------------------------------------------------------------------
 
 VARIANTS = [("random", []), ("whole-word", ["--accumulate", "2"]), ("entropy", ["--entropy-select", "sample"]),
             ("self-entropy", ["--dropout", "0.1"]), ("typhoon", ["--kd-weight", "0.5", "--accumulate", "2"])]
@@ -790,7 +793,7 @@ def test_a_damaged_checkpoint_is_named(damage, corpus, tmp_path, monkeypatch):
         train.main(["--resume", "run"])
 
 
-# --- data-parallel ---------------------------------------------------------------------------------------------------
+# --- data-parallel --------------------------------------------------------------------------------
 
 TWO_RANKS = """
 import sys, torch, torch.distributed as dist
