@@ -681,6 +681,22 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(masking, extra, corpu
     assert steps == [3, 6, 9, 12]
 
 
+def test_resuming_cuts_both_logs_back_to_the_checkpoint(model, tmp_path):
+    made_from = {"windows": "a", "teacher_weights": None}
+    (tmp_path / "train_args.json").write_text(json.dumps(made_from))
+    run, one = train.RunDirectory(tmp_path), trainer(model, numbered_texts())
+    for step in (1, 2):
+        for name in ("log.jsonl", "timing.jsonl"):
+            run.append(name, step=step)
+        if step == 1:
+            run.save(one, step=step)
+    assert run.restore(one, made_from)["step"] == 1
+    for name in ("log.jsonl", "timing.jsonl"):
+        assert (tmp_path / name).read_text() == '{"step": 1}\n'
+    with pytest.raises(InputError, match="the teacher is not the one"):
+        run.restore(one, made_from | {"teacher_weights": "another"})
+
+
 def test_the_command_that_goes_on_is_said_last(corpus, tmp_path, monkeypatch):
     """Under torchrun, after the ranks have parted."""
     monkeypatch.chdir(tmp_path)
