@@ -77,7 +77,8 @@ DAMAGE = {  # name of a model directory -> what is done to it
 TEXTS = {
     "text.txt": b"the cat sat on the mat .\n\n" * 200, "empty.txt": b"", "blank.txt": b"\n \n\n", "short.txt": b"one\n\ntwo",
     "binary.txt": b"text\0text", "latin.txt": "the cat\n\ncafé".encode("latin-1"), "marked.txt": b"\xef\xbb\xbfcat \xff",
-    "utf16.txt": "the cat\n\nsat".encode("utf-16"), "full/file": b"x"}
+    "utf16.txt": "the cat\n\nsat".encode("utf-16"), "full/file": b"x",
+    "bad.jsonl": b'{"text": "the cat"}\nthe dog\n', "textless.jsonl": b'{"body": "the cat"}\n'}
 COLUMNS = {  # folder of data -> the lines of its SST-2/train.tsv and dev.tsv
     "sst2": ("sentence\tlabel\ngood\t1\nbad\t0", "sentence\tlabel\ngood\t1\nbad\t0"),
     "sst2-header": ("text\tlabel\ngood\t1", "sentence\tlabel\ngood\t1"),
@@ -109,7 +110,10 @@ def world(tmp_path_factory):
     (root / "empty").mkdir()
     settings = vars(train.parse_args(["--corpus", str(root / "text.txt"), *SMALL, "--out", str(root / "run")]))
     for name, text in (("run", json.dumps(settings)), ("run-not-json", "{"), ("run-list", "[]"),
-                       ("run-kinds", json.dumps(settings | {"steps": "many"}))):
+                       ("run-kinds", json.dumps(settings | {"steps": "many"})),
+                       ("run-choice", json.dumps(settings | {"preset": "vast"})),
+                       ("run-range", json.dumps(settings | {"lr": -1.0})),
+                       ("run-ranks", json.dumps(settings | {"ranks": 8}))):
         (root / name).mkdir()
         (root / name / "train_args.json").write_text(text)
     shutil.copytree(root / "model", root / "demo")
@@ -159,57 +163,99 @@ SST2 = "--task sst2 --seq-len 16 --data-dir"
 CELL = "sweep --tasks cola --models model --strategies random"
 CASES = {
     train: [
-        ("--masking rnd", "--masking 'rnd' is unknown: choose from random, whole-word"),
-        ("--preset huge", "--preset 'huge' is unknown: choose from tiny"),
-        ("--entropy-select top", "choose from high, low"), ("--entropy-input seen", "choose from visible, masked"),
-        ("--student-init all", "choose from random, embeddings, layers"),
-        ("--device tpu", "unknown device 'tpu': auto, cpu"), ("--device cuda:99", "--device cuda:99: this machine has none"),
-        ("--mask-rate 0", "--mask-rate 0.0 is not between 0 and 1"), ("--mask-rate 1", "--mask-rate 1.0 is not"),
-        ("--mask-rate nan", "--mask-rate nan is not"), ("--mask-rate -.1", "--mask-rate -0.1 is not"),
-        ("--corruption .8 .1 .2", "three shares that sum to 1"), ("--corruption 2 -1 0", "three shares"),
-        ("--corruption nan 0 1", "three shares"), ("--corruption .5 .5", "expected 3 arguments"),
-        ("--steps 0", "--steps 0 is not at least 1"), ("--steps many", "invalid int value: 'many'"), ("--lr nan", "--lr nan"),
-        ("--lr 0", "--lr 0.0 is not above 0"), ("--lr inf", "--lr inf"), ("--clip -1", "--clip -1.0 is not above 0"),
-        ("--warmup 2", "--warmup 2.0 is not in 0 to 1"), ("--kd-weight nan", "--kd-weight nan is not in 0 to 1"),
-        ("--kd-temperature 0", "--kd-temperature 0.0"), ("--weight-decay inf", "--weight-decay inf"),
-        ("--seed -1", "--seed -1"), ("--seed 9223372036854775808", "--seed 9223372036854775808"),
-        ("--seq-len 2", "--seq-len 2 leaves no room"), ("--seq-len 600", "a fresh model has 512 positions"),
-        ("--vocab-size 99", "100 at least"), ("--batch-size 32 --accumulate 5", "--batch-size 32 cannot be shared by 1 ranks"),
-        ("--corpus-fraction 0", "--corpus-fraction 0.0"), ("--maskin random", "unrecognized arguments: --maskin"),
+        ("--masking rnd", "argument --masking: 'rnd' is unknown: choose from random, whole"),
+        ("--preset huge", "argument --preset: invalid choice: 'huge' (choose from"),
+        ("--entropy-select top", "invalid choice: 'top'"),
+        ("--entropy-input seen", "invalid choice: 'seen'"),
+        ("--student-init all", "invalid choice: 'all'"),
+        ("--device tpu", "unknown device 'tpu': auto, cpu"),
+        ("--device cuda:99", "--device cuda:99: this machine has none"),
+        ("--mask-rate 0", "--mask-rate: 0 is not above 0 and below 1"),
+        ("--mask-rate 1", "--mask-rate: 1 is not"), ("--mask-rate nan", "--mask-rate: nan is not"),
+        ("--mask-rate -.1", "--mask-rate: -.1 is not"),
+        ("--corruption .8 .1 .2", "three shares that sum to 1"),
+        ("--corruption 2 -1 0", "--corruption: 2 is not"),
+        ("--corruption nan 0 1", "--corruption: nan is not"),
+        ("--corruption .5 .5", "expected 3 arguments"),
+        ("--steps 0", "--steps: 0 is not at least 1"),
+        ("--steps many", "invalid int value: 'many'"), ("--lr nan", "--lr: nan"),
+        ("--lr 0", "--lr: 0 is not above 0"), ("--lr inf", "--lr: inf"),
+        ("--clip -1", "--clip: -1 is not above 0"), ("--warmup 2", "--warmup: 2 is not at least 0"),
+        ("--kd-weight nan", "--kd-weight: nan is not"),
+        ("--kd-temperature 0", "--kd-temperature: 0"),
+        ("--weight-decay inf", "--weight-decay: inf"), ("--weight-decay -1", "--weight-decay: -1"),
+        ("--seed -1", "--seed: -1"), ("--seed 9223372036854775808", "--seed: 9223372036854775808"),
+        ("--teacher-seed -1", "--teacher-seed: -1"), ("--eval-every 0", "--eval-every: 0"),
+        ("--typhoon-spread 1", "--typhoon-spread: 1 is not at least 0 and below 1"),
+        ("--seq-len 2", "--seq-len: 2 is not at least 3"),
+        ("--seq-len 600", "a fresh model has 512 positions"),
+        ("--vocab-size 99", "--vocab-size: 99 is not at least 100"),
+        ("--batch-size 32 --accumulate 5", "--batch-size 32 cannot be shared by 1 ranks"),
+        ("--corpus-fraction 0", "--corpus-fraction: 0 is not at most 1 and above 0"),
+        ("--maskin random", "unrecognized arguments: --maskin"),
         ("--colour red", "unrecognized arguments: --colour red"),
-        ("--corpus nowhere.txt", "--corpus nowhere.txt: no such file, folder with .txt files or glob"),
-        ("--corpus empty", "--corpus empty: no such file, folder with .txt"), ("--corpus '*.md'", "--corpus *.md: no such"),
-        ("--corpus empty.txt", "fewer than two paragraphs"), ("--corpus blank.txt", "fewer than two paragraphs"),
+        ("--corpus nowhere.txt", "nowhere.txt: no such file, folder with .txt, .md, .jsonl"),
+        ("--corpus empty", "--corpus empty: no such file, folder with .txt"),
+        ("--corpus '*.md'", "--corpus *.md: no such"),
+        ("--corpus empty.txt", "fewer than two paragraphs"),
+        ("--corpus blank.txt", "fewer than two paragraphs"),
         ("--corpus short.txt", "too short for one window of 128 tokens"),
+        ("--corpus docs nowhere.txt", "--corpus nowhere.txt: no such file"),
+        ("--corpus bad.jsonl", 'bad.jsonl, line 2: no JSON object with a "text"'),
+        ("--corpus textless.jsonl", 'textless.jsonl, line 1: no JSON object with a "text"'),
         ("--corpus binary.txt", "binary.txt is binary (a zero byte at offset 4): give plain UTF-8"),
-        ("--corpus utf16.txt", "utf16.txt is binary"), ("--corpus latin.txt", "latin.txt is not UTF-8 (byte offset 12)"),
+        ("--corpus utf16.txt", "utf16.txt is binary"),
+        ("--corpus latin.txt", "latin.txt is not UTF-8 (byte offset 12)"),
         ("--corpus marked.txt", "marked.txt is not UTF-8 (byte offset 7): convert it first"),
-        ("--corpus wikitext-2", "could not fetch https://wikitext.smerity.com/wikitext-2-raw-v1.zip"),
+        ("--corpus wikitext-2",
+         "could not fetch https://wikitext.smerity.com/wikitext-2-raw-v1.zip"),
         ("--out full", "--out full holds something already: choose another, or --resume full"),
-        ("--out text.txt", "--out text.txt holds something"), ("--out text.txt/run", "--out text.txt/run: no folder can be made"),
-        ("--resume nowhere", "--resume nowhere: no train_args.json there"), ("--resume run --lr .1", "--lr is 0.1, but run was"),
+        ("--out text.txt", "--out text.txt holds something"),
+        ("--out text.txt/run", "--out text.txt/run: no folder can be made"),
+        ("--resume nowhere", "--resume nowhere: no train_args.json there"),
+        ("--resume run --lr .1", "--lr is 0.1, but run was"),
         ("--resume run --masking typhoon", "--masking is typhoon, but run was started with random"),
-        ("--resume run-not-json", "train_args.json is not JSON"), ("--resume run-list", "holds no JSON object"),
-        ("--resume run-kinds", "run-kinds/train_args.json holds values of the wrong kind"),
-        ("--vocab-size 100 --teacher model", "teacher has 11 word pieces, student 100: drop --vocab-size"),
-        ("--teacher model --init other --seq-len 16", "teacher has 11 word pieces, --init 12, and they are not the same"),
+        ("--resume run-not-json", "train_args.json is not JSON"),
+        ("--resume run-list", "holds no JSON object"),
+        ("--resume run-kinds",
+         "train_args.json: argument --steps: invalid int value: 'many': copy"),
+        ("--resume run-choice", "train_args.json: argument --preset: invalid choice: 'vast'"),
+        ("--resume run-range", "train_args.json: argument --lr: -1.0 is not above 0"),
+        ("--resume run-ranks", "it was started with 8 ranks, here are 1"),
+        ("--resume run --steps 13", "start a new run from its weights: --init run --steps N"),
+        ("--vocab-size 100 --teacher model", "teacher has 11 word pieces, student 100: drop --voc"),
+        ("--teacher model --init other --seq-len 16",
+         "teacher has 11 word pieces, --init 12, and they are not the same"),
         ("--teacher model --init swapped --seq-len 16", "and they are not the same"),
-        ("--teacher model --init padded-vocab --seq-len 16", "the teacher predicts 11 word pieces, --init 16"),
+        ("--teacher model --init padded-vocab --seq-len 16",
+         "the teacher predicts 11 word pieces, --init 16"),
         ("--teacher model", "--teacher has 40 positions: lower --seq-len"),
         ("--init model --seq-len 41", "--init has 40 positions: lower --seq-len"),
-        ("--teacher model --student-init embeddings --seq-len 16", "(11, 128) in the student and (11, 16) in the teacher"),
-        ("--teacher nowhere/at/all", "is not a model directory"), ("--teacher run/nothing", "run/nothing is not a model directory"),
-        ("--init text.txt", "text.txt is not a model directory"), ("--init owner/name", "the hub did not give it"),
-        *((f"--teacher {name}", said) for name, said in {
-            "cut": "cut/model.safetensors is not a sound safetensors file", "no-config": "no-config has no config.json",
-            "no-weights": "neither model.safetensors nor pytorch_model.bin", "no-tokenizer": "neither tokenizer.json nor",
-            "bad-tokenizer": "bad-tokenizer/tokenizer.json cannot be read", "bad-vocab": "bad-vocab/vocab.txt cannot be read ('utf-8' codec",
-            "stray-id": "the tokenizer has 1,000 word pieces, the model 11", "not-json": "not-json/config.json is not JSON",
-            "no-heads": "num_attention_heads is 0", "minus": "intermediate_size is -24", "pad": "pad_token_id is 99",
-            "wide": "its config.json asks for (11, 32)", "text-size": "config.json has hidden_size = '16'",
-            "dropout": "hidden_dropout_prob is 1.5", "roberta": "only bert and distilbert", "narrow": "query.weight is (16, 3)",
-            "deep": "1,000,000,000 layers", "huge": "that no memory holds", "huger": "that no memory holds",
-            "headless": "no whole masked-LM head", "scalar": "query.weight is ()", "pickle": "cannot be read as plain tensors"}.items())],
+        ("--teacher model --student-init embeddings --seq-len 16",
+         "(11, 128) in the student and (11, 16) in the teacher"),
+        ("--teacher nowhere/at/all", "is not a model directory"),
+        ("--teacher run/nothing", "run/nothing is not a model directory"),
+        ("--init text.txt", "text.txt is not a model directory"),
+        ("--init owner/name", "the hub did not give it"),
+        ("--teacher cut", "cut/model.safetensors is not a sound safetensors file"),
+        ("--teacher no-config", "no-config has no config.json"),
+        ("--teacher no-weights", "neither model.safetensors nor pytorch_model.bin"),
+        ("--teacher no-tokenizer", "neither tokenizer.json nor"),
+        ("--teacher bad-tokenizer", "bad-tokenizer/tokenizer.json cannot be read"),
+        ("--teacher bad-vocab", "bad-vocab/vocab.txt cannot be read ('utf-8' codec"),
+        ("--teacher stray-id", "the tokenizer has 1,000 word pieces, the model 11"),
+        ("--teacher not-json", "not-json/config.json is not JSON"),
+        ("--teacher no-heads", "num_attention_heads is 0"),
+        ("--teacher minus", "intermediate_size is -24"), ("--teacher pad", "pad_token_id is 99"),
+        ("--teacher wide", "its config.json asks for (11, 32)"),
+        ("--teacher text-size", "config.json has hidden_size = '16'"),
+        ("--teacher dropout", "hidden_dropout_prob is 1.5"),
+        ("--teacher roberta", "only bert and distilbert"),
+        ("--teacher narrow", "query.weight is (16, 3)"), ("--teacher deep", "1,000,000,000 layers"),
+        ("--teacher huge", "that no memory holds"), ("--teacher huger", "that no memory holds"),
+        ("--teacher headless", "no whole masked-LM head"),
+        ("--teacher scalar", "query.weight is ()"),
+        ("--teacher pickle", "cannot be read as plain tensors")],
     masking: [
         ("", "the following arguments are required: text"), ("text", "there is no run here yet: run train.py first"),
         ("'the cat' --model nowhere", "the hub did not give it"),
@@ -275,11 +321,13 @@ def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(module, line, s
     status, stderr = run(module, shlex.split(line), monkeypatch, capsys)
     assert status == 2 and stderr.endswith("\n") and stderr.count("\n") == 1
     assert last_line(stderr).startswith(f"{module.__name__}.py") and said in stderr
+    shutil.rmtree(world / "data", ignore_errors=True)  # whole caches may stay: see the full disk
     assert tree(world) == before
 
 
 @pytest.mark.parametrize("line, said", [
-    ("train.py --masking rnd", "train.py: --masking 'rnd' is unknown"), ("train.py --steps", "train.py: argument --steps"),
+    ("train.py --masking rnd", "train.py: argument --masking: 'rnd' is unknown"),
+    ("train.py --steps", "train.py: argument --steps"),
     ("masking.py text --model no-config", "masking.py: no-config has no config.json"),
     (f"glue.py --model model {SST2} sst2-label", "glue.py: sst2-label/SST-2/train.tsv, line 2"),
     ("stats.py report empty", "stats.py: empty holds no finished run")])
@@ -332,7 +380,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(corp
     assert status == 1 and "Traceback" not in stderr
     assert last_line(stderr).startswith("train.py: run/checkpoint.pt cannot be written (File too large): make room")
     assert before == [Path("run/checkpoint.pt").read_bytes()]
-    assert sorted(os.listdir("run")) == ["checkpoint.pt", "log.jsonl", "train_args.json"]
+    assert sorted(os.listdir("run")) == ["checkpoint.pt", "log.jsonl", "timing.jsonl",
+                                         "train_args.json"]
     monkeypatch.setattr(train.Trainer, "step", step)
     train.main(["--resume", "run"])
     assert weights("run") == weights("whole") and tree(Path("run")).keys() == tree(Path("whole")).keys()
@@ -344,7 +393,8 @@ def test_a_full_disk_leaves_no_half_cache(corpus, tmp_path, monkeypatch, capsys)
     with largest_file(5_000):
         status, stderr = run(train, ["--corpus", str(corpus), *SMALL], monkeypatch, capsys)
     assert status == 1 and "Traceback" not in stderr and not tree(tmp_path)
-    assert last_line(stderr).startswith("train.py: data/cache/windows-") and "make room" in last_line(stderr)
+    assert last_line(stderr).startswith("train.py: data/cache/vocabulary-")
+    assert "make room" in last_line(stderr)
 
 
 def test_a_full_disk_leaves_the_old_results(world, tmp_path, monkeypatch, capsys):
@@ -392,7 +442,8 @@ def test_two_runs_that_start_at_once_share_teacher_and_tables(corpus, tmp_path):
     errors = [process.communicate(timeout=120)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], errors
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
-    assert sorted(path.name.split("-")[0] for path in (tmp_path / "data/cache").iterdir()) == ["entropy", "windows"]
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "data/cache").iterdir()) == \
+        ["entropy", "vocabulary", "windows"]
     assert [path.name.split("-")[0] for path in (tmp_path / "runs").iterdir()] == ["reference"]
 
 
