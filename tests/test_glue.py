@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import glue
 from glue import TASKS, Example, load_task, metrics
@@ -111,10 +112,10 @@ def test_qqp_skips_and_counts_the_rows_with_too_few_columns(tmp_path, caplog):
     assert [example.label for example in load_task("qqp", "train", tmp_path)] == [1, 0]
     assert "skipped 2 rows" in caplog.text
     write(tmp_path, "QQP/dev.tsv", QQP, "1|3|4|Why?|Why not?|1|more")
-    with pytest.raises(InputError, match=r"dev.tsv, line 2: 7 columns instead of 6"):
+    with pytest.raises(InputError, match=r"dev.tsv, line 2: this row does not have 6 columns"):
         load_task("qqp", "dev", tmp_path)
     write(tmp_path, "QQP/test.tsv", "id|question1|question2", "0|Why?|Why not?", "1|cut")
-    with pytest.raises(InputError, match="line 3: 2 columns"):  # a test row must not get lost: the server counts them
+    with pytest.raises(InputError, match="line 3: this row does not have 3 columns"):  # a test row must not get lost: the server counts them
         load_task("qqp", "test", tmp_path)
 
 
@@ -169,15 +170,15 @@ def test_windows_line_ends_and_odd_separators_inside_a_text(tmp_path):
     ("SST-2/dev.tsv", ["text|label", "fine|1"], "line 1: the header lacks 'sentence'"),
     ("SST-2/dev.tsv", [""], "line 1: the header lacks 'sentence'"),
     ("SST-2/dev.tsv", ["sentence", "fine"], "line 1: the header lacks 'label'"),  # labels missing on dev
-    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fine"], "line 3: 1 columns instead of 2"),
-    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fi|ne|1"], "line 3: 3 columns instead of 2"),
-    ("SST-2/dev.tsv", ["sentence|label", "fine|2"], "line 2: label '2' is none of 0, 1"),
-    ("SST-2/dev.tsv", ["sentence|label", "", "fine|"], "line 3: label '' is none of 0, 1"),
-    ("CoLA/dev.tsv", ["source|label|star|sentence"], "line 1: label 'label' is none of 0, 1"),
-    ("RTE/dev.tsv", ["index|sentence1|sentence2|label", "0|a|b|neutral"], "line 2: label 'neutral' is none of entail"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|5.1"], "line 2: score '5.1' is no number from 0 to 5"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|nan"], "line 2: score 'nan' is no number from 0 to 5"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|x"], "line 2: score 'x' is no number from 0 to 5"),
+    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fine"], "line 3: this row does not have 2 columns"),
+    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fi|ne|1"], "line 3: this row does not have 2 columns"),
+    ("SST-2/dev.tsv", ["sentence|label", "fine|2"], "line 2: label '2' is not one of 0, 1"),
+    ("SST-2/dev.tsv", ["sentence|label", "", "fine|"], "line 3: label '' is not one of 0, 1"),
+    ("CoLA/dev.tsv", ["source|label|star|sentence"], "line 1: label 'label' is not one of 0, 1"),
+    ("RTE/dev.tsv", ["index|sentence1|sentence2|label", "0|a|b|neutral"], "line 2: label 'neutral' is not one of entail"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|5.1"], "line 2: score '5.1' is not a number from 0 to 5"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|nan"], "line 2: score 'nan' is not a number from 0 to 5"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|x"], "line 2: score 'x' is not a number from 0 to 5"),
 ])
 def test_a_malformed_file_is_named_with_its_line(tmp_path, file, rows, message):
     write(tmp_path, file, *rows)
@@ -190,7 +191,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, file, rows, message):
 def test_a_malformed_list_of_mrpc_dev_ids_is_named(tmp_path):
     write(tmp_path, "MRPC/msr_paraphrase_train.txt", MRPC, "1|10|11|a|b")
     write(tmp_path, "MRPC/mrpc_dev_ids.tsv", "10|11", "12")
-    with pytest.raises(InputError, match="mrpc_dev_ids.tsv, line 2: 1 columns instead of 2"):
+    with pytest.raises(InputError, match="mrpc_dev_ids.tsv, line 2: this row does not have 2 columns"):
         load_task("mrpc", "dev", tmp_path)
 
 
@@ -200,11 +201,14 @@ def test_a_file_without_an_example_is_named(tmp_path):
         load_task("sst2", "dev", tmp_path)
 
 
-@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"sentence\tlabel\n" + 5000 * b"fine \t1\n"])
-def test_invalid_utf8_is_named_with_its_byte(tmp_path, before):
+@pytest.mark.parametrize("before", [
+    b"sentence\tlabel\n", b"\xef\xbb\xbfsentence\tlabel\n",
+    b"sentence\tlabel\n" + 5000 * b"fine \t1\n"])
+def test_invalid_utf8_is_named_with_its_line(tmp_path, before):
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2/dev.tsv").write_bytes(before + b"caf\xe9\t1\n")
-    with pytest.raises(InputError, match=f"dev.tsv: not UTF-8 at byte {len(before) + 3}:"):
+    line = before.count(b"\n") + 1
+    with pytest.raises(InputError, match=f"dev.tsv, line {line}: this is not UTF-8:"):
         load_task("sst2", "dev", tmp_path)
 
 
@@ -222,7 +226,19 @@ def test_unknown_tasks_and_splits():
     ("mrpc", [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], {"f1": 2 / 3, "accuracy": 3 / 5}),       # TP 2, FP 1, FN 1
     ("cola", [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 1], {"matthews": (2 * 2 - 1) / 9}),    # (TP TN − FP FN) / √(3·3·3·3)
     ("ax", [0, 1, 2, 2], [0, 1, 2, 1], {"matthews": (3 * 4 - 5) / math.sqrt((16 - 6) * (16 - 6))}),  # R_K by hand
+    # with unequal margins, so that no wrong denominator comes out right: TP 2, FP 3, FN 1, TN 4
+    ("mrpc", [1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 1, 0, 0, 0, 0],
+     {"f1": 4 / 8, "accuracy": 6 / 10}),
+    # TP 5, FP 3, FN 1, TN 1: (TP TN − FP FN) / √((TP+FP) (TP+FN) (TN+FP) (TN+FN))
+    ("cola", [1, 1, 1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0, 1, 0],
+     {"matthews": (5 - 3) / math.sqrt(8 * 6 * 4 * 2)}),
+    # 7 examples, 4 right; predicted 1, 2, 4 times, truly 3, 2, 2 times: Σ p t = 3 + 4 + 8
+    ("ax", [0, 1, 1, 2, 2, 2, 2], [0, 1, 0, 2, 2, 0, 1],
+     {"matthews": (4 * 7 - 15) / math.sqrt((49 - 21) * (49 - 17))}),
     ("stsb", [1, 2, 3, 4], [1, 3, 2, 4], {"pearson": 0.8, "spearman": 0.8}),
+    # ranks 4, 1, 2.5, 5, 2.5 and 4, 5, 2, 1, 3; deviations from the means, multiplied and summed
+    ("stsb", [3, 1, 2, 10, 2], [4, 5, 1, 0, 3.5],
+     {"pearson": -22.6 / math.sqrt(53.2 * 17.8), "spearman": -6.5 / math.sqrt(9.5 * 10)}),
     ("stsb", [1, 1, 2, 8], [1, 2, 3, 4], {"pearson": 11 / math.sqrt(34 * 5), "spearman": 4.5 / math.sqrt(4.5 * 5)}),
 ])
 def test_metrics_by_hand(name, predictions, labels, expected):
@@ -296,13 +312,28 @@ def test_pairs_are_encoded_as_hugging_face_encodes_them(tokenizer):
             assert (np.arange(len(ids)) >= second).astype(int).tolist() == expected["token_type_ids"]
 
 
-@pytest.mark.parametrize("a, b, room, expected", [  # by hand, one token at a time
-    (5, 3, 8, (5, 3)), (5, 3, 7, (4, 3)), (5, 3, 6, (3, 3)), (5, 3, 5, (3, 2)), (5, 3, 4, (2, 2)), (3, 5, 5, (3, 2)),
-    (9, 1, 4, (3, 1)), (9, 0, 4, (4, 0)), (0, 9, 4, (0, 4)), (2, 2, 1, (1, 0))])
-def test_the_longer_text_is_truncated_first(a, b, room, expected):
-    first, second = list(range(a)), list(range(b))
-    glue.truncate(first, second, room)
-    assert (first, second) == (list(range(expected[0])), list(range(expected[1])))
+@pytest.mark.parametrize("a, b, room, expected", [  # by hand; an odd room's last piece is the longer's
+    (5, 3, 8, (5, 3)), (5, 3, 7, (4, 3)), (5, 3, 6, (3, 3)), (5, 3, 5, (3, 2)), (3, 5, 5, (2, 3)),
+    (9, 1, 5, (4, 1)), (9, 0, 5, (5, 0)), (0, 9, 5, (0, 5))])
+def test_the_longer_text_is_truncated_first(tokenizer, a, b, room, expected):
+    example = Example("cat " * a, "dog " * b, 0)
+    ids = glue.encode([example], tokenizer, max_length=room + 3).input_ids[0].tolist()
+    cat, dog = tokenizer.token_to_id("cat"), tokenizer.token_to_id("dog")
+    assert (ids.count(cat), ids.count(dog)) == expected and len(ids) == sum(expected) + 3
+
+
+def test_encoding_leaves_the_tokenizer_as_it_was(tokenizer):
+    before = tokenizer.to_str()
+    glue.encode([Example("the cat " * 50, "a dog", 0)], tokenizer, max_length=16)
+    assert tokenizer.to_str() == before  # it is saved with the model
+
+
+def test_special_tokens_are_added_whatever_the_tokenizer_file_says(tokenizer):
+    expected = glue.encode([Example("the cat", "a dog", 0)], tokenizer, 16).input_ids[0].tolist()
+    fields = json.loads(tokenizer.to_str()) | {"post_processor": None}
+    bare = Tokenizer.from_str(json.dumps(fields))
+    found = glue.encode([Example("the cat", "a dog", 0)], bare, 16).input_ids[0].tolist()
+    assert found == expected and found[0] == tokenizer.token_to_id("[CLS]")
 
 
 def test_no_row_is_longer_than_asked(tokenizer):
@@ -363,7 +394,7 @@ def test_a_prediction_does_not_depend_on_the_batch_it_is_in(tokenizer):
     model = tiny(num_labels=1).eval()
     for parameter in model.parameters():  # weights large enough that predictions differ
         parameter.data += 0.1 * torch.randn_like(parameter)
-    together = glue.predict(model, data, batch_size=16)
+    together = glue.predict(model, data, size=16)
     with torch.no_grad():
         alone = [model(**glue.collate(data, np.array([i]), model)).item() for i in range(40)]
     assert together == pytest.approx(alone, abs=1e-5) and np.ptp(together) > 0.1
@@ -382,7 +413,7 @@ def write_split(folder: Path, name: str, split: str, n: int):
     task, test = TASKS[name], split.startswith("test")
     a, b = sentences(n, seed=len(split)), sentences(n, seed=99)
     labels = ["5.0" if i % 2 else "0.0" for i in range(n)] if name == "stsb" else \
-        [task.spelled[i % 2 if task.spelled[0] in "0 1" else 1 - i % 2] for i in range(n)]
+        [task.written_labels[i % 2 if task.written_labels[0] in "0 1" else 1 - i % 2] for i in range(n)]
     if name == "cola" and not test:
         return write(folder, f"CoLA/{split}.tsv", *(f"x|{labels[i]}||{a[i]}" for i in range(n)))
     columns = ["index", task.text_a] + [task.text_b] * bool(task.text_b) + [task.label] * (not test)
@@ -442,7 +473,8 @@ def test_the_run_file_holds_what_the_statistics_read(arguments):
 
 def test_the_last_epoch_is_the_headline_and_the_best_is_beside_it(arguments, monkeypatch):
     scripted = iter([{"f1": 0.8, "accuracy": 0.6}, {"f1": 0.7, "accuracy": 0.9}, {"f1": 0.85, "accuracy": 0.7}])
-    monkeypatch.setattr(glue, "evaluate", lambda *_: (next(scripted), {}))
+    dev = {"dev": {"predictions": [0, 1], "labels": [1, 1]}}
+    monkeypatch.setattr(glue, "evaluate", lambda *_: (next(scripted), dev))
     run = glue.finetune(arguments("--epochs", "3", task="mrpc"))
     assert run["last"] == {"f1": 0.85, "accuracy": 0.7}
     assert run["best"] == {"epoch": 2, "f1": 0.7, "accuracy": 0.9}  # by the mean of the two
@@ -649,7 +681,7 @@ def test_all_nine_tasks_their_score_and_the_eleven_files_of_a_submission(argumen
 
 
 def test_submitted_scores_are_clipped(arguments, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(glue, "predict", lambda model, data: np.array([-1.0, 2.34567, 5.5]))
+    monkeypatch.setattr(glue, "predict", lambda *_: np.array([-1.0, 2.34567, 5.5]))
     args = arguments("--predict", str(tmp_path), task="stsb")
     glue.write_predictions(None, tokenizer, {"STS-B.tsv": [Example("a", "b", None)] * 3}, args)
     assert (tmp_path / "STS-B.tsv").read_text() == "index\tprediction\n0\t0.000\n1\t2.346\n2\t5.000\n"
@@ -682,8 +714,8 @@ def serve(monkeypatch):
 
     def put(task, sha256_of=None, cut=(), **files):
         Server.files, Server.cut = {name.replace("__", "."): data for name, data in files.items()}, set(cut)
-        downloads = tuple((f"http://127.0.0.1:{server.server_port}/{name}", sha256(sha256_of or data).hexdigest())
-                          for name, data in Server.files.items())
+        downloads = {f"http://127.0.0.1:{server.server_port}/{name}":
+                     sha256(sha256_of or data).hexdigest() for name, data in Server.files.items()}
         monkeypatch.setitem(TASKS, task, replace(TASKS[task], downloads=downloads))
     yield put
     server.shutdown()
@@ -738,7 +770,7 @@ def test_a_member_that_leads_out_of_the_folder_is_not_written(serve, tmp_path):
 
 
 def test_without_a_network_one_line_says_which_file_to_put_where(serve, tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "rte", replace(TASKS["rte"], downloads=(("http://127.0.0.1:9/RTE.zip", "0"),)))
+    monkeypatch.setitem(TASKS, "rte", replace(TASKS["rte"], downloads={"http://127.0.0.1:9/RTE.zip": "0"}))
     with pytest.raises(InputError, match=f"could not fetch http://127.0.0.1:9/RTE.zip .* at {tmp_path}/RTE.zip") as error:
         load_task("rte", "dev", tmp_path)
     assert "\n" not in str(error.value)
@@ -752,7 +784,7 @@ def test_an_archive_without_the_split_is_named(serve, tmp_path):
 
 @needs_glue
 def test_the_table_has_the_hashes_of_the_real_mrpc():
-    for url, digest in TASKS["mrpc"].downloads:
+    for url, digest in TASKS["mrpc"].downloads.items():
         data = (Path(GLUE_DIR) / "MRPC" / url.rpartition("/")[2]).read_bytes()
         assert sha256(data).hexdigest() == digest
 
@@ -760,24 +792,41 @@ def test_the_table_has_the_hashes_of_the_real_mrpc():
 # --- the command line ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, message", [
-    (["--task", "mrcp"], "--task mrcp is wrong: it must be one of cola, sst2"),
-    (["--task", "ax"], "--task ax is wrong"),
-    (["--epochs", "0"], "--epochs 0 is wrong: it must be at least 1"),
-    (["--batch-size", "0"], "--batch-size 0"), (["--adapt-epochs", "-1"], "--adapt-epochs -1"),
-    (["--lr", "0"], "--lr 0.0 is wrong: it must be above 0"), (["--lr", "nan"], "--lr nan"),
-    (["--adapt-lr", "inf"], "--adapt-lr inf"), (["--warmup", "1.5"], "--warmup 1.5"), (["--dropout", "1"], "--dropout 1.0"),
-    (["--fraction", "0"], "--fraction 0.0 is wrong: it must be above 0 and at most 1"),
-    (["--mask-rate", "1"], "--mask-rate 1.0"), (["--corruption", "1", "1", "0"], "three shares that sum to 1"),
-    (["--weight-decay", "-1"], "--weight-decay -1.0"), (["--seed", "-1"], "--seed -1"), (["--seq-len", "7"], "--seq-len 7"),
-    (["--freeze", "all"], "--freeze all is wrong: it must be none, embeddings, a number or encoder"),
-    (["--freeze", "3"], "--freeze 3: the model has 2 layers"), (["--adapt", "mask"], "--adapt mask is wrong"),
-    (["--typhoon-loss", "kd"], "--typhoon-loss kd"), (["--entropy-select", "top"], "--entropy-select top"),
-    (["--task", "all", "--json", "x.json"], "--json x.json is wrong: it must be left out"),
+    (["--task", "mrcp"], "argument --task: invalid choice: 'mrcp'"),
+    (["--task", "ax"], "argument --task: invalid choice: 'ax'"),
+    (["--epochs", "0"], "argument --epochs: 0 is not at least 1"),
+    (["--batch-size", "0"], "argument --batch-size: 0 is not"),
+    (["--adapt-epochs", "-1"], "argument --adapt-epochs: -1 is not"),
+    (["--lr", "0"], "argument --lr: 0 is not above 0"), (["--lr", "nan"], "argument --lr: nan"),
+    (["--adapt-lr", "inf"], "argument --adapt-lr: inf"),
+    (["--warmup", "1.5"], "--warmup: 1.5 is not at least 0 and at most 1"),
+    (["--dropout", "1"], "--dropout: 1 is not at least 0 and below 1"),
+    (["--fraction", "0"], "--fraction: 0 is not at most 1 and above 0"),
+    (["--mask-rate", "1"], "--mask-rate: 1 is not"),
+    (["--corruption", "1", "1", "0"], "three shares that sum to 1"),
+    (["--weight-decay", "-1"], "--weight-decay: -1"), (["--seed", "-1"], "--seed: -1"),
+    (["--seq-len", "7"], "--seq-len: 7"),
+    (["--freeze", "all"], "--freeze: 'all' is not none, embeddings, encoder or a number"),
+    (["--adapt", "mask"], "argument --adapt: 'mask' is unknown: choose from random"),
+    (["--typhoon-loss", "kd"], "--typhoon-loss: invalid choice"),
+    (["--entropy-select", "top"], "--entropy-select: invalid choice"),
+    (["--task", "all", "--json", "x.json"], "--json x.json: leave it out"),
+])
+def test_wrong_arguments_are_named_in_one_line(arguments, options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments(*options)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--freeze", "3"], "--freeze 3: the model has 2 layers"),
     (["--model", "nowhere/at/all"], "nowhere/at/all is not a model directory"),
     (["--seq-len", "129"], "has 128 positions: lower --seq-len"),
     (["--device", "cuda:99"], "cuda:99"),
 ])
-def test_wrong_arguments_are_named_before_anything_slow(arguments, options, message, monkeypatch):
+def test_what_does_not_fit_the_model_or_the_machine_is_named_before_anything_slow(
+        arguments, options, message, monkeypatch):
     monkeypatch.setattr(glue, "encode", lambda *_: pytest.fail("it had begun"))
     with pytest.raises(InputError, match=message) as error:
         glue.finetune(arguments(*options))
@@ -794,7 +843,7 @@ def test_a_model_directory_that_lacks_a_file_is_named(arguments, model_dir, file
 def test_a_bad_file_of_the_last_task_stops_all_before_the_first(arguments, data_dir, tmp_path, monkeypatch):
     write(data_dir, "WNLI/dev.tsv", "index|sentence1|sentence2|label", "0|a|b|2")
     monkeypatch.setattr(glue, "finetune", lambda *_: pytest.fail("it had begun"))
-    with pytest.raises(InputError, match="WNLI/dev.tsv, line 2: label '2' is none of 0, 1"):
+    with pytest.raises(InputError, match="WNLI/dev.tsv, line 2: label '2' is not one of 0, 1"):
         glue.main(["--task", "all", "--model", "m", "--data-dir", str(data_dir)])
 
 
