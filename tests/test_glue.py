@@ -471,6 +471,89 @@ def test_the_run_file_holds_what_the_statistics_read(arguments):
     assert glue.finetune(arguments("--label", "mine"))["strategy"] == "mine"
 
 
+def test_a_collapsed_run_is_named_as_such(arguments, data_dir):
+    data = glue.load_data("mrpc", data_dir)
+    data = replace(data, train=[example._replace(label=1) for example in data.train])
+    run = glue.finetune(arguments("--epochs", "5", "--lr", "3e-3", task="mrpc"), data)
+    assert set(run["dev"]["predictions"]) == {1}
+    assert run["collapsed"] and "the same answer" in glue.describe(run)
+    assert "(collapsed)" in glue.score_table([run])
+    run = glue.finetune(arguments("--epochs", "10", "--batch-size", "4", "--lr", "3e-3"))
+    assert not run["collapsed"] and "the same answer" not in glue.describe(run)
+    assert "(collapsed)" not in glue.score_table([run])
+
+
+@pytest.mark.parametrize("predictions, expected", [
+    ([1, 1, 1], True), ([0, 0, 1], False), ([2.5, 2.5, 2.5], True), ([2.5, 2.504, 2.496], True),
+    ([2.5, 2.5, 2.6], False)])
+def test_a_constant_score_is_one_to_two_decimals(predictions, expected):
+    assert glue.is_constant(predictions) == expected
+
+
+def test_the_run_file_says_where_the_weights_come_from(arguments, model_dir, tokenizer, tmp_path):
+    run = glue.finetune(arguments())
+    digest = sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()
+    assert (run["weights"], run["teacher_weights"], run["pretraining"]) == (digest, None, None)
+    pretraining = {"masking": "entropy", "seed": 3, "teacher_weights": "ab" * 32}
+    (model_dir / "train_args.json").write_text(json.dumps(pretraining))
+    config = tiny().config
+    torch.manual_seed(5)
+    save_pretrained(BertForMaskedLM(config), tokenizer, tmp_path / "teacher")
+    options = ("--adapt", "entropy", "--teacher", str(tmp_path / "teacher"),
+               "--pattern", "runs/{masking}-{seed}")
+    run = without_times(glue.finetune(arguments(*options)))
+    teacher = sha256((tmp_path / "teacher/model.safetensors").read_bytes()).hexdigest()
+    assert (run["weights"], run["teacher_weights"]) == (digest, teacher) and teacher != digest
+    assert run["pretraining"] == pretraining and run["pattern"] == "runs/{masking}-{seed}"
+    assert run["masked"] == run["adaptation"]["masked"] > 0.2
+
+
+def test_bf16_is_asked_for_and_heard_on_a_cpu(arguments, monkeypatch):
+    """In fine-tuning, in the probe of Typhoon's task loss, in predicting and in adapting."""
+    seen = {"logits": set(), "predict": set(), "recipe": set()}
+    loss, classify, step = glue.task_loss, glue.F.linear, glue.Trainer.step
+    forward = BertForSequenceClassification.forward
+
+    def spy(self, *inputs, **named):
+        logits = forward(self, *inputs, **named)
+        seen["predict"].add(logits.dtype) if not torch.is_grad_enabled() else None
+        return logits
+
+    monkeypatch.setattr(glue, "task_loss", lambda logits, labels: (
+        seen["logits"].add(logits.dtype), loss(logits, labels))[1])
+    monkeypatch.setattr(BertForSequenceClassification, "forward", spy)
+    monkeypatch.setattr(glue.Trainer, "step", lambda self, number: (
+        seen["recipe"].add(self.recipe.bf16), step(self, number))[1])
+    for options, dtype in ((("--bf16",), torch.bfloat16), (("--no-bf16",), torch.float32),
+                           ((), torch.float32)):
+        run = glue.finetune(arguments("--adapt", "typhoon", *options))
+        assert run["bf16"] == (dtype == torch.bfloat16)
+        assert seen == {"logits": {dtype}, "predict": {dtype}, "recipe": {run["bf16"]}}
+        for found in seen.values():
+            found.clear()
+
+
+def test_the_fine_tuned_model_is_kept_and_predicts_the_same_again(arguments, data_dir, tmp_path):
+    run = glue.finetune(arguments("--save", str(tmp_path / "kept"), "--epochs", "3", task="rte"))
+    model, tokenizer = glue.load_pretrained(tmp_path / "kept", "classification")
+    data = glue.encode(load_task("rte", "dev", data_dir), tokenizer, 128)
+    assert glue.predict(model, data).tolist() == run["dev"]["predictions"]
+    assert tokenizer.truncation is None
+
+
+def test_a_full_disk_takes_the_saved_model_but_not_the_scores(arguments, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RunError("no room")
+
+    monkeypatch.setattr(glue, "save_pretrained", fail)
+    args = arguments("--save", str(tmp_path / "kept"), "--json", str(tmp_path / "run.json"))
+    options = [["--" + name.replace("_", "-"), str(getattr(args, name))]
+               for name in ("task", "model", "data_dir", "device", "epochs", "save", "json")]
+    with pytest.raises(RunError, match="no room"):
+        glue.main(sum(options, []))
+    assert json.loads((tmp_path / "run.json").read_text())["task"] == "sst2"
+
+
 def test_the_last_epoch_is_the_headline_and_the_best_is_beside_it(arguments, monkeypatch):
     scripted = iter([{"f1": 0.8, "accuracy": 0.6}, {"f1": 0.7, "accuracy": 0.9}, {"f1": 0.85, "accuracy": 0.7}])
     dev = {"dev": {"predictions": [0, 1], "labels": [1, 1]}}
@@ -551,6 +634,18 @@ def test_every_strategy_adapts_and_keeps_to_the_budget(arguments, strategy):
         assert rates == sorted(rates, reverse=True) and {"good", "bad"} & set(dict_of(adaptation["typhoon"]))
 
 
+def test_a_strategy_of_the_users_own_adapts_under_its_short_name(arguments, tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text("from masking import Strategy, random_mask\n\n\n"
+                    "class Halves(Strategy):\n"
+                    "    def mask(self, batch, generator=None):\n"
+                    "        return random_mask(batch.maskable, 0.5, generator)\n")
+    args = arguments("--adapt", f"{file}:Halves")
+    run = glue.finetune(args)
+    assert run["strategy"] == "Halves" and run["masked"] == pytest.approx(0.5, abs=0.05)
+    assert glue.run_file(args).name.endswith("-Halves-0.json")
+
+
 def dict_of(extremes: dict) -> dict:
     return {piece: rate for rows in extremes.values() for piece, rate, _ in rows}
 
@@ -575,6 +670,31 @@ def test_adaptation_trains_the_encoder_by_the_masked_lm_and_leaves_the_head(argu
             assert torch.equal(value, before[name]) == name.startswith(("bert.pooler", "classifier")), name
         encoders.append(model.bert.layers[0].output.weight)
     assert not torch.equal(*encoders)
+
+
+def padding_vocabulary(pad_at: int) -> dict[str, int]:
+    """[PAD] is number `pad_at`; number 0 is a word."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    words.insert(0, words.pop(words.index("cat")))
+    words.insert(pad_at, "[PAD]")
+    return {word: i for i, word in enumerate(words)}
+
+
+@pytest.mark.parametrize("pad_at", [0, 6])
+def test_adaptation_does_not_train_on_padding(arguments, data_dir, tmp_path, pad_at, monkeypatch):
+    """The tokenizer says what [PAD] is. The config of this model says 0, whatever it is."""
+    tokenizer = wordpiece_tokenizer(padding_vocabulary(pad_at))
+    torch.manual_seed(1)
+    save_pretrained(BertForMaskedLM(tiny().config), tokenizer, tmp_path / "padded")
+    trainers, step = [], glue.Trainer.step
+    monkeypatch.setattr(glue.Trainer, "step", lambda self, number: (
+        trainers.append(self), step(self, number))[1])
+    run = glue.finetune(arguments("--adapt", "random", "--model", str(tmp_path / "padded"),
+                                  "--adapt-batch-size", "64"))
+    words = sum(len(example.text_a.split()) for example in load_task("sst2", "train", data_dir))
+    batch = trainers[0].texts.batch(torch.arange(64))
+    assert batch.maskable.sum() == words and batch.attention_mask.sum() == words + 2 * 64
+    assert run["masked"] == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.fixture
@@ -621,6 +741,7 @@ def test_the_task_loss_trains_the_head_and_never_the_encoder(task_typhoon):
         strategy.end_step()
     assert all(torch.equal(value, before[name]) for name, value in encoder.items())
     assert all(parameter.grad is None for parameter in strategy.context.model.parameters())
+    assert all(parameter.grad is None for parameter in strategy.probe.parameters())
     assert all(not torch.equal(one, two) for one, two in zip(strategy.head, head))
     copies = [*classifier.bert.pooler.parameters(), *classifier.classifier.parameters()]
     assert all(torch.equal(one, two) for one, two in zip(copies, head))  # what fine-tuning starts from has not moved
@@ -663,11 +784,13 @@ def test_all_nine_tasks_their_score_and_the_eleven_files_of_a_submission(argumen
     monkeypatch.chdir(tmp_path)
     args = arguments()
     glue.main(["--task", "all", "--model", args.model, "--data-dir", args.data_dir, "--device", "cpu", "--epochs", "1",
-               "--predict", "out"])
+               "--predict", "out", "--save", "models"])
     runs = {path.name.split("-")[0]: json.loads(path.read_text()) for path in Path("runs/glue").glob("*.json")}
     assert set(runs) == set(TASKS) - {"ax"}
     score = np.mean([np.mean(list(run["last"].values())) for run in runs.values()])
     printed = capsys.readouterr().out
+    assert {path.name for path in Path("models").iterdir()} == set(runs)
+    assert all((path / "model.safetensors").exists() for path in Path("models").iterdir())
     assert f"GLUE score{score:>10.4f}" in printed and "it overstates" in printed
     words = {"MNLI-m": "entailment neutral contradiction", "QNLI": "entailment not_entailment"}
     words |= {"MNLI-mm": words["MNLI-m"], "AX": words["MNLI-m"], "RTE": words["QNLI"]}
@@ -855,6 +978,76 @@ def test_the_command_ends_in_one_line_and_status_2(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("glue.py: ") and "line 3: label 'one'" in done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["SST-2", "train.tsv"]
+
+
+def command(*options: str, args) -> list[str]:
+    return ["--task", args.task, "--model", args.model, "--data-dir", args.data_dir,
+            "--device", "cpu", "--epochs", "1", *options]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--lr", "1e-3"], "holds a run with another lr (2e-05 there, 0.001 here)"),
+    (["--seed", "1"], "another seed (0 there, 1 here)"),
+    (["--adapt", "random"], "another adapt (none there, random here)"),
+    (["--bf16"], "another bf16 (None there, True here)"),
+    (["--corruption", ".8", ".1", ".1"], "another corruption ([1.0, 0.0, 0.0] there"),
+    (["--task", "rte"], "another task (sst2 there, rte here)"),
+])
+def test_a_result_with_other_settings_is_never_replaced(arguments, tmp_path, options, message,
+                                                        monkeypatch):
+    args, file = arguments(), tmp_path / "run.json"
+    glue.main(command("--json", str(file), args=args))
+    before = file.read_bytes()
+    monkeypatch.setattr(glue, "load_data", lambda *_: pytest.fail("it had begun"))
+    with pytest.raises(InputError) as error:
+        glue.main(command("--json", str(file), *options, args=args))
+    assert str(file) in str(error.value) and message in str(error.value)
+    assert file.read_bytes() == before
+
+
+def test_a_result_from_other_weights_is_never_replaced(arguments, model_dir, tokenizer, tmp_path):
+    args, file = arguments(), tmp_path / "run.json"
+    glue.main(command("--json", str(file), args=args))
+    config = tiny().config
+    torch.manual_seed(9)
+    save_pretrained(BertForMaskedLM(config), tokenizer, model_dir)  # trained again in place
+    with pytest.raises(InputError, match=f"{file} holds a run with another weights"):
+        glue.main(command("--json", str(file), args=args))
+    file.write_text(json.dumps({"steps": 3}))  # some other program's
+    with pytest.raises(InputError, match=f"{file} is not a result of glue.py"):
+        glue.main(command("--json", str(file), args=args))
+    assert file.read_text() == '{"steps": 3}'
+
+
+def test_the_same_run_may_be_written_again_and_a_damaged_file_too(arguments, tmp_path, capsys):
+    args, file = arguments(), tmp_path / "run.json"
+    glue.main(command("--json", str(file), args=args))
+    first = json.loads(file.read_text())
+    glue.main(command("--json", str(file), "--predict", str(tmp_path / "out"), args=args))
+    again = json.loads(file.read_text())
+    assert again["last"] == first["last"] and again["args"]["predict"]
+    file.write_text(json.dumps(first)[:50])
+    glue.main(command("--json", str(file), args=args))
+    assert without_times(json.loads(file.read_text())) == without_times(first)
+
+
+def test_options_are_listed_in_groups():
+    text = glue.make_parser().format_help()
+    groups = ["what to run:", "fine-tuning:", "adaptation before it:", "what to keep:"]
+    where = [text.index("\n" + group) for group in groups]
+    assert where == sorted(where) and text.index("--adapt-lr", where[2]) < where[3]
+
+
+@pytest.mark.parametrize("place, message", [
+    ("full", "this folder is not empty"), ("full/file", "not a folder that can be written")])
+def test_a_model_is_never_saved_over_something(arguments, tmp_path, place, message, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    with pytest.raises(SystemExit):
+        arguments("--save", str(tmp_path / place))
+    assert message in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    arguments("--save", str(tmp_path / "empty"))
 
 
 def test_the_run_file_is_named_after_the_run(arguments):
