@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urljoin
 
 import numpy as np
 import torch
@@ -58,8 +59,8 @@ class Task:
     folder: str                       # in the data folder; also the server's name for the task
     metrics: tuple[str, ...]          # names in METRICS
     labels: tuple[str, ...]           # the classes in the order of their indices; () for regression
-    rows: dict[str, int]              # split -> official number of examples
-    downloads: dict[str, str]         # address -> sha256
+    sizes: dict[str, int]             # split -> official number of examples
+    sha256: dict[str, str]            # by address; one without a host stands after GLUE_URL
     text_a: str = "sentence1"         # names of columns
     text_b: str | None = "sentence2"
     label: str | None = "label"
@@ -67,7 +68,7 @@ class Task:
     header: tuple[str, ...] = ()      # columns of train and dev where these files have no header
     skip_short: bool = False          # train and dev are known to have rows with too few columns
     # split -> alternative sets of files, where a split is not simply in FOLDER/SPLIT.tsv
-    files: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    files: dict[str, tuple] = field(default_factory=dict)
 
     @property
     def num_labels(self) -> int:
@@ -81,7 +82,7 @@ class Task:
     def splits(self, kind: str) -> list[str]:
         """The splits of a kind, "train", "dev" or "test". MNLI has two of dev and of test:
         matched (the genres of train) and mismatched (other genres)."""
-        return [split for split in self.rows if split.split("_")[0] == kind]
+        return [split for split in self.sizes if split.split("_")[0] == kind]
 
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -93,66 +94,58 @@ NLI = ("entailment", "neutral", "contradiction")
 TASKS = {  # sizes and sha256 as the public GLUE loader's dataset_infos.json publishes them
     "cola": Task(
         folder="CoLA", metrics=("matthews",), labels=("unacceptable", "acceptable"),
-        rows={"train": 8551, "dev": 1043, "test": 1063}, text_a="sentence", text_b=None,
+        sizes={"train": 8551, "dev": 1043, "test": 1063}, text_a="sentence", text_b=None,
         header=("source", "label", "star", "sentence"),
-        downloads={GLUE_URL + "CoLA.zip":
-                   "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"}),
+        sha256={"CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"}),
     "sst2": Task(
         folder="SST-2", metrics=("accuracy",), labels=("negative", "positive"),
-        rows={"train": 67349, "dev": 872, "test": 1821}, text_a="sentence", text_b=None,
-        downloads={GLUE_URL + "SST-2.zip":
-                   "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"}),
+        sizes={"train": 67349, "dev": 872, "test": 1821}, text_a="sentence", text_b=None,
+        sha256={"SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"}),
     "mrpc": Task(
         folder="MRPC", metrics=("f1", "accuracy"), labels=("not_equivalent", "equivalent"),
-        rows={"train": 3668, "dev": 408, "test": 1725},
+        sizes={"train": 3668, "dev": 408, "test": 1725},
         text_a="#1 String", text_b="#2 String", label="Quality",
-        downloads={GLUE_URL + "mrpc_dev_ids.tsv":
-                   "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
-                   SENTEVAL_URL + "msr_paraphrase_train.txt":
-                   "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-                   SENTEVAL_URL + "msr_paraphrase_test.txt":
-                   "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"},
+        sha256={
+            "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+            SENTEVAL_URL + "msr_paraphrase_train.txt":
+                "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+            SENTEVAL_URL + "msr_paraphrase_test.txt":
+                "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"},
         files={"train": (MRPC_TRAIN_AND_DEV, ("MRPC/train.tsv",)),
                "dev": (MRPC_TRAIN_AND_DEV, ("MRPC/dev.tsv",)),
                "test": (("MRPC/msr_paraphrase_test.txt",), ("MRPC/test.tsv",))}),
     "stsb": Task(
         folder="STS-B", metrics=("pearson", "spearman"), labels=(), label="score",
-        rows={"train": 5749, "dev": 1500, "test": 1379},
-        downloads={GLUE_URL + "STS-B.zip":
-                   "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"}),
+        sizes={"train": 5749, "dev": 1500, "test": 1379},
+        sha256={"STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"}),
     "qqp": Task(
         folder="QQP", metrics=("f1", "accuracy"), labels=("not_duplicate", "duplicate"),
-        rows={"train": 363846, "dev": 40430, "test": 390965}, skip_short=True,
+        sizes={"train": 363846, "dev": 40430, "test": 390965}, skip_short=True,
         text_a="question1", text_b="question2", label="is_duplicate",
-        downloads={GLUE_URL + "QQP-clean.zip":
-                   "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"}),
+        sha256={
+            "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"}),
     "mnli": Task(
         folder="MNLI", metrics=("accuracy",), labels=NLI, labels_by_name=True, label="gold_label",
-        rows={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
-              "test_matched": 9796, "test_mismatched": 9847},
-        downloads={GLUE_URL + "MNLI.zip":
-                   "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"}),
+        sizes={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
+               "test_matched": 9796, "test_mismatched": 9847},
+        sha256={"MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"}),
     "qnli": Task(
         folder="QNLI", metrics=("accuracy",), labels=("entailment", "not_entailment"),
-        labels_by_name=True, rows={"train": 104743, "dev": 5463, "test": 5463},
+        labels_by_name=True, sizes={"train": 104743, "dev": 5463, "test": 5463},
         text_a="question", text_b="sentence",
-        downloads={GLUE_URL + "QNLIv2.zip":
-                   "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"}),
+        sha256={"QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"}),
     "rte": Task(
         folder="RTE", metrics=("accuracy",), labels=("entailment", "not_entailment"),
-        labels_by_name=True, rows={"train": 2490, "dev": 277, "test": 3000},
-        downloads={GLUE_URL + "RTE.zip":
-                   "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"}),
+        labels_by_name=True, sizes={"train": 2490, "dev": 277, "test": 3000},
+        sha256={"RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"}),
     "wnli": Task(
         folder="WNLI", metrics=("accuracy",), labels=("not_entailment", "entailment"),
-        rows={"train": 635, "dev": 71, "test": 146},
-        downloads={GLUE_URL + "WNLI.zip":
-                   "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"}),
+        sizes={"train": 635, "dev": 71, "test": 146},
+        sha256={"WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"}),
     "ax": Task(  # the diagnostic set: nothing to train on, a model fine-tuned on MNLI predicts it
         folder="AX", metrics=("matthews",), labels=NLI, labels_by_name=True, label=None,
-        rows={"test": 1104}, files={"test": (("AX/AX.tsv",), ("diagnostic/diagnostic.tsv",))},
-        downloads={GLUE_URL + "AX.tsv":
-                   "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"}),
+        sizes={"test": 1104}, files={"test": (("AX/AX.tsv",), ("diagnostic/diagnostic.tsv",))},
+        sha256={"AX.tsv": "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"}),
 }
 NINE = [name for name in TASKS if name != "ax"]
 
@@ -165,7 +158,7 @@ def find_task(name: str) -> Task:
 
 # --- fine-tuning ----------------------------------------------------------------------------------
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
     """A task's examples, read before anything slow begins."""
     train: list[Example]
@@ -174,12 +167,12 @@ class Data:
 
 
 def finetune(args: Namespace, data: Data | None = None,
-             keep: Callable[[dict], None] | None = None) -> dict:
+             when_scored: Callable[[dict], None] | None = None) -> dict:
     """Returns what the JSON file of one run holds, from the checkpoint to the scores.
 
     args: as `parse_args` returns them. data: the task's examples, by default read from
-    args.data_dir. keep(run) is called before --predict and --save write their files, so that a
-    disk that is full by then does not take the scores. Raises InputError and RunError.
+    args.data_dir. when_scored(run) is called before --predict and --save write their files, so that
+    a disk that is full by then does not take the scores. Raises InputError and RunError.
 
     The seed fixes the head's first weights, the share of the data, its order, the masks of --adapt
     and dropout."""
@@ -198,9 +191,10 @@ def finetune(args: Namespace, data: Data | None = None,
     train = encode(subset(data.train, args.fraction, args.seed), tokenizer, args.seq_len)
     dev = {name: encode(examples, tokenizer, args.seq_len) for name, examples in data.dev.items()}
 
-    adaptation = None
+    adaptation, masked = None, None
     if args.adapt != "none":
         adaptation = adapt(model, tokenizer, train, args, bf16)
+        masked = adaptation["masked"]
     torch.manual_seed(args.seed)  # of dropout: the same with and without --adapt
     epochs, sets = fit(model, train, dev, args, bf16)
 
@@ -214,10 +208,10 @@ def finetune(args: Namespace, data: Data | None = None,
            "best": {"epoch": best["epoch"], **best["metrics"]},
            "baseline": baseline(args.task, train.labels, dev["dev"].labels),
            "collapsed": is_constant(sets["dev"]["predictions"]),
-           "adaptation": adaptation, "masked": adaptation and adaptation["masked"],
-           **sets, "seconds": round(time.time() - started, 1)}
-    if keep:
-        keep(run)
+           "adaptation": adaptation, "masked": masked, **sets,
+           "seconds": round(time.time() - started, 1)}
+    if when_scored:
+        when_scored(run)
     if args.predict:
         write_predictions(model, tokenizer, data.test, args, bf16)
     if args.save:
@@ -253,9 +247,9 @@ def train_epoch(model: nn.Module, data: "Encoded", batches: list[np.ndarray],
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = 0.0
-    for number_in_epoch, rows in enumerate(batches, 1):
-        inputs = collate(data, rows, model)
-        labels = data.targets(rows, inputs["input_ids"].device)  # (B,)
+    for step, index in enumerate(batches, 1):
+        inputs = collate(data, index, model)
+        labels = data.targets(index, inputs["input_ids"].device)  # (B,)
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
             loss = task_loss(model(**inputs), labels)
         optimizer.zero_grad()
@@ -265,9 +259,9 @@ def train_epoch(model: nn.Module, data: "Encoded", batches: list[np.ndarray],
         rate = schedule.get_last_lr()[0]
         schedule.step()
         # The sum stays on the device: a GPU works ahead of Python until a number is read from it.
-        total = total + loss.detach() * len(rows)
+        total = total + loss.detach() * len(index)
         bar.update()
-        if number_in_epoch % 50 == 0 or number_in_epoch == len(batches):
+        if step % 50 == 0 or step == len(batches):
             value = finite(loss, schedule.last_epoch, "--lr")  # last_epoch counts steps here
             bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}")
     return float(total) / len(data)
@@ -298,10 +292,10 @@ def predict(model: nn.Module, data: "Encoded", bf16: bool = False, size: int = 1
     model.eval()
     order = np.argsort(data.lengths, kind="stable")  # short beside short: little padding
     logits = torch.empty(len(data), model.classifier.out_features)  # (n, C)
-    for rows in np.split(order, range(size, len(order), size)):
-        inputs = collate(data, rows, model)
+    for index in np.split(order, range(size, len(order), size)):
+        inputs = collate(data, index, model)
         with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=bf16):
-            logits[rows] = model(**inputs).float().cpu()
+            logits[index] = model(**inputs).float().cpu()
     if not logits.isfinite().all():
         raise RunError("the model's outputs are not finite: lower --lr")
     return (logits[:, 0].double() if logits.shape[1] == 1 else logits.argmax(1)).numpy()
@@ -322,9 +316,9 @@ def evaluate(name: str, model: nn.Module, dev: dict[str, "Encoded"],
 
 
 def is_constant(predictions: list) -> bool:
-    """True for a collapsed model, which answers every example alike: one class for all, or scores
-    that agree to two decimals. Its metrics say nothing about the text."""
-    return max(predictions) - min(predictions) < 0.01
+    """True for a collapsed model, which gives all examples the same answer: one class, or scores
+    that differ by less than 0.01 (of 5). Its metrics say nothing about the text."""
+    return len(predictions) > 1 and max(predictions) - min(predictions) < 0.01
 
 
 def subset(examples: list, fraction: float, seed: int) -> list:
@@ -368,9 +362,9 @@ class Encoded:
     def lengths(self) -> np.ndarray:
         return np.array([len(row) for row in self.input_ids])
 
-    def targets(self, rows, device: torch.device) -> Tensor:
+    def targets(self, index, device: torch.device) -> Tensor:
         """Classes (B,) long, or scores (B,) float32."""
-        labels = torch.from_numpy(self.labels[rows])
+        labels = torch.from_numpy(self.labels[index])
         return (labels.float() if labels.is_floating_point() else labels).to(device)
 
 
@@ -410,17 +404,17 @@ def bucketed_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Genera
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def collate(data: Encoded, rows: np.ndarray, model: nn.Module) -> dict[str, Tensor | None]:
-    """The model's arguments for some examples, padded to the longest of them, on the model's
-    device. attention_mask is None where nothing is padded; token_type_ids is None where the model
-    or the examples have one type only."""
+def collate(data: Encoded, index: np.ndarray, model: nn.Module) -> dict[str, Tensor | None]:
+    """The model's arguments for the examples number `index` (B,), padded to the longest of them, on
+    the model's device. attention_mask is None where nothing is padded; token_type_ids is None where
+    the model or the examples have one type only."""
     device = next(model.parameters()).device
-    chosen = [data.input_ids[row] for row in rows]
+    chosen = [data.input_ids[i] for i in index]
     input_ids = pad_sequence(chosen, batch_first=True, padding_value=data.pad_id).long()  # (B, L)
     lengths = torch.tensor([len(row) for row in chosen])                                   # (B,)
     column = torch.arange(input_ids.shape[1])                                              # (L,)
     real = column < lengths[:, None]                                                       # (B, L)
-    in_second = (column >= data.second[rows][:, None]) & real                              # (B, L)
+    in_second = (column >= data.second[index][:, None]) & real                              # (B, L)
     types = model.bert.embeddings.token_type_embeddings
     typed = types is not None and types.num_embeddings > 1 and bool(in_second.any())
     return {"input_ids": input_ids.to(device),
@@ -485,38 +479,32 @@ def adapt(model: nn.Module, tokenizer, train: Encoded, args: Namespace, bf16: bo
     whole = collate(train, np.arange(len(train)), model)
     texts = Texts(whole["input_ids"].int(), vocab, whole["token_type_ids"])
 
-    steps_per_epoch = math.ceil(len(texts) / args.adapt_batch_size)
-    recipe = Recipe(
-        steps=args.adapt_epochs * steps_per_epoch, batch_size=args.adapt_batch_size,
-        lr=args.adapt_lr, weight_decay=args.weight_decay, corruption=tuple(args.corruption),
-        strategy_start=0.0, seed=args.seed, bf16=bf16)
-    strategy = adaptation_strategy(mlm, model, tokenizer, texts, train.targets(slice(None), device),
-                                   args, bf16)
-    trainer = Trainer(mlm, texts, strategy, recipe)
-    title = f"{args.task}, adapting by {strategy_label(args.adapt)}"
-    loss, _, masked, maskable = run_steps(trainer, title).T  # (steps,) each
-    model.bert.load_state_dict(mlm.bert.state_dict(), strict=False)  # the masked LM has no pooler
-
-    result = {"steps": recipe.steps, "loss": loss[-steps_per_epoch:].mean().item(),
-              "masked": (masked.sum() / maskable.sum()).item()}
-    if isinstance(strategy, TyphoonStrategy):
-        rates = strategy.typhoon.rates()
-        result["typhoon"] = extreme_rates(rates, texts.token_counts(), tokenizer)
-    return result
-
-
-def adaptation_strategy(mlm: nn.Module, classifier: nn.Module, tokenizer, texts: Texts,
-                        labels: Tensor, args: Namespace, bf16: bool) -> Strategy:
-    """The strategy of --adapt for these texts and their labels (n,)."""
-    kind = find_strategy(args.adapt)
-    table = None
+    kind, table = find_strategy(args.adapt), None
     if kind.needs_teacher:
         teacher = frozen_teacher(mlm, tokenizer, args)
         table = entropy_table(teacher, texts, args.entropy_input, args.mask_rate, bf16)
     strategy = build_strategy(args.adapt, mlm, texts, args, table)
     if kind is TyphoonStrategy and args.typhoon_loss == "task":
-        return TaskTyphoon(strategy.context, classifier, labels, args.adapt_lr, args.weight_decay)
-    return strategy
+        labels = train.targets(slice(None), device)  # (n,)
+        strategy = TaskTyphoon(strategy.context, model, labels, args.adapt_lr, args.weight_decay)
+
+    steps_per_epoch = math.ceil(len(texts) / args.adapt_batch_size)
+    recipe = Recipe(
+        steps=args.adapt_epochs * steps_per_epoch, batch_size=args.adapt_batch_size,
+        lr=args.adapt_lr, weight_decay=args.weight_decay, corruption=tuple(args.corruption),
+        strategy_start=0.0,  # no random masks first: this model knows the language already
+        seed=args.seed, bf16=bf16)
+    title = f"{args.task}, adapting by {strategy_label(args.adapt)}"
+    results = run_steps(Trainer(mlm, texts, strategy, recipe), title)
+    loss, _, masked, maskable = results.T  # (steps,) each
+    model.bert.load_state_dict(mlm.bert.state_dict(), strict=False)  # the masked LM has no pooler
+
+    found = {"steps": recipe.steps, "loss": loss[-steps_per_epoch:].mean().item(),
+             "masked": (masked.sum() / maskable.sum()).item()}
+    if isinstance(strategy, TyphoonStrategy):
+        rates = strategy.typhoon.rates()
+        found["typhoon"] = extreme_rates(rates, texts.token_counts(), tokenizer)
+    return found
 
 
 def frozen_teacher(mlm: nn.Module, tokenizer, args: Namespace) -> nn.Module:
@@ -636,7 +624,7 @@ def baseline(name: str, train_labels: np.ndarray, dev_labels: np.ndarray) -> dic
 def load_data(name: str, data_dir: str | Path, test: bool = False) -> Data:
     """All that a run needs. Raises InputError where there is nothing to train on."""
     task = find_task(name)
-    if "train" not in task.rows:
+    if "train" not in task.sizes:
         raise InputError(f"{name} has only a test set: an MNLI model predicts it")
     train = load_task(name, "train", data_dir)
     dev = {split.replace("dev_matched", "dev"): load_task(name, split, data_dir)
@@ -653,8 +641,8 @@ def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
     official one. Raises InputError, naming file and line, on what is not the task's."""
     task = find_task(name)
     split = next(iter(task.splits(split)), split)
-    if split not in task.rows:
-        raise InputError(f"{name} has no split {split!r}: choose from {', '.join(task.rows)}")
+    if split not in task.sizes:
+        raise InputError(f"{name} has no split {split!r}: choose from {', '.join(task.sizes)}")
     path, *dev_ids = locate(task, split, Path(data_dir))
     labelled = not split.startswith("test")
     columns = [task.text_a, task.text_b, task.label if labelled else None]
@@ -673,9 +661,9 @@ def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
         examples.append(Example(row[task.text_a], row[task.text_b] if task.text_b else None, label))
     if not examples:
         raise InputError(f"{path} holds nothing of {name} {split}: copy or download it again")
-    if len(examples) != task.rows[split]:
+    if len(examples) != task.sizes[split]:
         log.warning("%s: %s %s has %s examples here, officially %s", path, name, split,
-                    f"{len(examples):,}", f"{task.rows[split]:,}")
+                    f"{len(examples):,}", f"{task.sizes[split]:,}")
     return examples
 
 
@@ -689,6 +677,7 @@ def read_rows(path: Path, columns=(), header=(), skip_short=False) -> Iterator[t
     columns: those that must be there. header: the names of all, for a file without a first line of
     names. skip_short: pass over the rows with too few columns, and log how many there were. Raises
     InputError, naming the line."""
+    csv.field_size_limit(2**31 - 1)  # a text may have any length
     skipped = 0
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         # No quoting: GLUE's texts hold stray quotation marks, and by csv's usual rules one of them
@@ -738,14 +727,14 @@ def locate(task: Task, split: str, data_dir: Path) -> list[Path]:
                 return paths
         if not downloaded:
             fetch(task, data_dir)
-    wanted = data_dir / alternatives[0][0]
-    raise InputError(f"{next(iter(task.downloads))} did not hold {wanted.name}: put that file at "
-                     f"{wanted}")
+    source, wanted = urljoin(GLUE_URL, next(iter(task.sha256))), data_dir / alternatives[0][0]
+    raise InputError(f"{source} did not hold {wanted.name}: put that file at {wanted}")
 
 
 def fetch(task: Task, data_dir: Path):
     """Downloads a task. The sha256 is checked before anything is unpacked or used."""
-    for url, sha256 in task.downloads.items():
+    for address, sha256 in task.sha256.items():
+        url = urljoin(GLUE_URL, address)  # a whole address stays as it is
         name = url.rpartition("/")[2]
         if name.endswith(".zip"):  # it holds the task's folder
             unpack(download(url, data_dir / name, sha256), data_dir)
@@ -824,8 +813,8 @@ def refuse_to_replace(args: Namespace):
         now[name], before[name] = origin[name], earlier.get(name)
     for name in sorted(set(now) - NO_SETTING):
         if before.get(name) != now[name]:
-            raise InputError(f"{path} holds a run with another {name} ({before.get(name)} there, "
-                             f"{now[name]} here): {remedy}")
+            raise InputError(f"{path} holds a run that differs in {name} ({before.get(name)} "
+                             f"there, {now[name]} here): {remedy}")
 
 
 def keep(args: Namespace, run: dict):
@@ -897,6 +886,7 @@ def make_parser() -> Parser:
     """Every option of the command line, with its default."""
     parser = Parser(description="Fine-tune and evaluate on GLUE.")
     count, positive = number(int, low=1), number(float, above=0)
+    share = number(float, low=0, high=1)
 
     add = parser.add_argument_group("what to run").add_argument
     add("--task", required=True, choices=[*NINE, "all"], metavar="TASK",
@@ -907,15 +897,13 @@ def make_parser() -> Parser:
     add("--seed", type=number(int, low=0, below=2**63), default=0,
         help="of the head, the data's order, the masks and dropout")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--bf16", action=BooleanOptionalAction,
-        help="bfloat16 autocast (default: on a GPU that has it)")
+    add("--bf16", action=BooleanOptionalAction, help="bfloat16 (default: on a GPU that has it)")
 
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--epochs", type=count, default=3, help="passes over the training examples")
     add("--batch-size", type=count, default=16, help="examples an optimizer step")
     add("--lr", type=positive, default=2e-5, help="peak learning rate of AdamW")
-    add("--warmup", type=number(float, low=0, high=1), default=0.1,
-        help="fraction of the steps in which it rises; then it falls to 0")
+    add("--warmup", type=share, default=0.1, help="share of the steps before --lr is reached")
     add("--weight-decay", type=number(float, low=0), default=0.01,
         help="not on biases and LayerNorms; --adapt has it too")
     add("--dropout", type=number(float, low=0, below=1), default=0.1,
@@ -935,15 +923,14 @@ def make_parser() -> Parser:
     add("--adapt-batch-size", type=count, default=16, help="examples an optimizer step")
     add("--adapt-lr", type=positive, default=1e-4, help="peak learning rate")
     add("--mask-rate", type=number(float, above=0, below=1), default=0.3, help="for every strategy")
-    add("--corruption", type=number(float, low=0, high=1), nargs=3, default=[1.0, 0.0, 0.0],
+    add("--corruption", type=share, nargs=3, default=[1.0, 0.0, 0.0],
         metavar=("MASK", "SWAP", "KEEP"),
         help="shares of the chosen tokens that become [MASK], become a random token, stay")
     add("--typhoon-loss", choices=["task", "mlm"], default="task",
         help="whose gradient feeds Typhoon: the labels' or the masked LM's")
     add("--typhoon-spread", type=number(float, low=0, below=1), default=0.4,
         help="the lowest rate is 1 - spread times the highest")
-    add("--typhoon-ema", type=number(float, low=0, high=1), default=0.8,
-        help="weight of the new value in the moving average")
+    add("--typhoon-ema", type=share, default=0.8, help="weight of the new value in the average")
     add("--teacher", help="for entropy (default: the model before it is adapted, frozen)")
     add("--entropy-select", choices=["high", "low", "mixed", "sample"], default="high",
         help="which entropies are masked")
@@ -951,8 +938,8 @@ def make_parser() -> Parser:
         help="entropy of a token that the model sees, or does not see")
 
     add = parser.add_argument_group("what to keep").add_argument
-    add("--json", metavar="FILE",
-        help="the run's file (default: runs/glue/TASK-MODEL-STRATEGY-SEED.json)")
+    add("--json", metavar="FILE", help="the run's file (default: "
+        "runs/glue/TASK-MODEL-STRATEGY-SEED.json)")
     add("--save", metavar="DIR", help="keep the fine-tuned model; with --task all a folder a task")
     add("--predict", metavar="DIR", help="write the GLUE server's files of test predictions")
     add("--label", help="what the run's file calls the strategy (default: that of --adapt)")

@@ -161,6 +161,11 @@ def test_a_wrong_row_count_is_a_warning_that_names_both(tmp_path, caplog):
     assert "has 2 examples here, officially 1,043" in caplog.text
 
 
+def test_a_text_may_have_any_length(tmp_path):
+    write(tmp_path, "SST-2/dev.tsv", "sentence|label", "fine " * 40_000 + "|1")
+    assert load_task("sst2", "dev", tmp_path) == [Example("fine " * 40_000, None, 1)]
+
+
 def test_windows_line_ends_and_odd_separators_inside_a_text(tmp_path):
     write(tmp_path, "CoLA/dev.tsv", "gj04|1||A\u2028B\x0b C\r", "gj04|0|*|Ünï🙂\r", end="")
     assert [example.text_a for example in load_task("cola", "dev", tmp_path)] == ["A\u2028B\x0b C", "Ünï🙂"]
@@ -425,7 +430,7 @@ def write_split(folder: Path, name: str, split: str, n: int):
 def data_dir(tmp_path):
     """All ten tasks: 64 examples to learn from, 32 on dev, 5 on test."""
     for name, task in TASKS.items():
-        for split in task.rows:
+        for split in task.sizes:
             write_split(tmp_path / "glue", name, split, {"tr": 64, "de": 32, "te": 5}[split[:2]])
         (tmp_path / "glue/AX").mkdir(exist_ok=True)
     (tmp_path / "glue/AX/test.tsv").rename(tmp_path / "glue/AX/AX.tsv")
@@ -485,7 +490,7 @@ def test_a_collapsed_run_is_named_as_such(arguments, data_dir):
 
 @pytest.mark.parametrize("predictions, expected", [
     ([1, 1, 1], True), ([0, 0, 1], False), ([2.5, 2.5, 2.5], True), ([2.5, 2.504, 2.496], True),
-    ([2.5, 2.5, 2.6], False)])
+    ([2.5, 2.5, 2.6], False), ([1], False)])
 def test_a_constant_score_is_one_to_two_decimals(predictions, expected):
     assert glue.is_constant(predictions) == expected
 
@@ -839,7 +844,7 @@ def serve(monkeypatch):
         Server.files, Server.cut = {name.replace("__", "."): data for name, data in files.items()}, set(cut)
         downloads = {f"http://127.0.0.1:{server.server_port}/{name}":
                      sha256(sha256_of or data).hexdigest() for name, data in Server.files.items()}
-        monkeypatch.setitem(TASKS, task, replace(TASKS[task], downloads=downloads))
+        monkeypatch.setitem(TASKS, task, replace(TASKS[task], sha256=downloads))
     yield put
     server.shutdown()
     server.server_close()
@@ -893,7 +898,7 @@ def test_a_member_that_leads_out_of_the_folder_is_not_written(serve, tmp_path):
 
 
 def test_without_a_network_one_line_says_which_file_to_put_where(serve, tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "rte", replace(TASKS["rte"], downloads={"http://127.0.0.1:9/RTE.zip": "0"}))
+    monkeypatch.setitem(TASKS, "rte", replace(TASKS["rte"], sha256={"http://127.0.0.1:9/RTE.zip": "0"}))
     with pytest.raises(InputError, match=f"could not fetch http://127.0.0.1:9/RTE.zip .* at {tmp_path}/RTE.zip") as error:
         load_task("rte", "dev", tmp_path)
     assert "\n" not in str(error.value)
@@ -907,7 +912,7 @@ def test_an_archive_without_the_split_is_named(serve, tmp_path):
 
 @needs_glue
 def test_the_table_has_the_hashes_of_the_real_mrpc():
-    for url, digest in TASKS["mrpc"].downloads.items():
+    for url, digest in TASKS["mrpc"].sha256.items():
         data = (Path(GLUE_DIR) / "MRPC" / url.rpartition("/")[2]).read_bytes()
         assert sha256(data).hexdigest() == digest
 
@@ -986,12 +991,12 @@ def command(*options: str, args) -> list[str]:
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--lr", "1e-3"], "holds a run with another lr (2e-05 there, 0.001 here)"),
-    (["--seed", "1"], "another seed (0 there, 1 here)"),
-    (["--adapt", "random"], "another adapt (none there, random here)"),
-    (["--bf16"], "another bf16 (None there, True here)"),
-    (["--corruption", ".8", ".1", ".1"], "another corruption ([1.0, 0.0, 0.0] there"),
-    (["--task", "rte"], "another task (sst2 there, rte here)"),
+    (["--lr", "1e-3"], "holds a run that differs in lr (2e-05 there, 0.001 here)"),
+    (["--seed", "1"], "differs in seed (0 there, 1 here)"),
+    (["--adapt", "random"], "differs in adapt (none there, random here)"),
+    (["--bf16"], "differs in bf16 (None there, True here)"),
+    (["--corruption", ".8", ".1", ".1"], "differs in corruption ([1.0, 0.0, 0.0] there"),
+    (["--task", "rte"], "differs in task (sst2 there, rte here)"),
 ])
 def test_a_result_with_other_settings_is_never_replaced(arguments, tmp_path, options, message,
                                                         monkeypatch):
@@ -1011,7 +1016,7 @@ def test_a_result_from_other_weights_is_never_replaced(arguments, model_dir, tok
     config = tiny().config
     torch.manual_seed(9)
     save_pretrained(BertForMaskedLM(config), tokenizer, model_dir)  # trained again in place
-    with pytest.raises(InputError, match=f"{file} holds a run with another weights"):
+    with pytest.raises(InputError, match=f"{file} holds a run that differs in weights"):
         glue.main(command("--json", str(file), args=args))
     file.write_text(json.dumps({"steps": 3}))  # some other program's
     with pytest.raises(InputError, match=f"{file} is not a result of glue.py"):
