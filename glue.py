@@ -802,15 +802,14 @@ def refuse_to_replace(args: Namespace):
     try:
         earlier = read_json(path) if path.exists() else None
     except InputError:
-        earlier = None
+        return
     if earlier is None:
         return
     if not isinstance(earlier.get("args"), dict):
         raise InputError(f"{path} is not a result of glue.py: {remedy}")
-    origin = provenance(args)
-    now, before = dict(vars(args)), dict(earlier["args"])
-    for name in ("weights", "teacher_weights"):
-        now[name], before[name] = origin[name], earlier.get(name)
+    origin, digests = provenance(args), ("weights", "teacher_weights")
+    now = vars(args) | {name: origin[name] for name in digests}
+    before = earlier["args"] | {name: earlier.get(name) for name in digests}
     for name in sorted(set(now) - NO_SETTING):
         if before.get(name) != now[name]:
             raise InputError(f"{path} holds a run that differs in {name} ({before.get(name)} "
@@ -833,16 +832,15 @@ def describe(run: dict) -> str:
                      f"masked-LM loss {found['loss']:.2f} nats in the last epoch (harder masks "
                      "cost more: no measure of a strategy)")
         for end, pieces in found.get("typhoon", {}).items():
-            shown = ", ".join(f"{piece} {rate:.3f}" for piece, rate, _ in pieces)
-            lines.append(f"  {end} masking rates: {shown}")
-    lines.append(f"  last epoch ({len(run['epochs'])})     {show(run['last'])}")
-    lines.append(f"  best epoch ({run['best']['epoch']})     {show(run['best'])}   (chosen on dev "
-                 "itself: it overstates)")
-    lines.append(f"  constant answer    {show(run['baseline'])}")
+            rates = ", ".join(f"{piece} {rate:.3f}" for piece, rate, _ in pieces)
+            lines.append(f"  {end} masking rates: {rates}")
+    best = f"  best epoch ({run['best']['epoch']})     {show(run['best'])}"
+    lines += [f"  last epoch ({len(run['epochs'])})     {show(run['last'])}",
+              f"{best}   (chosen on dev itself: it overstates)",
+              f"  constant answer    {show(run['baseline'])}"]
     if run["collapsed"]:
-        lines.append("  collapsed: the model gives every dev example the same answer, so its "
-                     "scores say nothing about the text; another --lr, --seed or more --epochs "
-                     "may help")
+        lines.append("  collapsed: the model gives every dev example the same answer, whatever its "
+                     "text; another --lr or --seed, or more --epochs, may help")
     return "\n".join(lines)
 
 

@@ -236,6 +236,13 @@ CASES = {
         (f"--model model {SST2} sst2 --typhoon-spread 1", "argument --typhoon-spread: 1 is not"),
         (f"--model model {SST2} sst2 --json full", "--json full: this is not a file"),
         (f"--model model {SST2} sst2 --json text.txt/x.json", "--json text.txt/x.json: this is not a file"),
+        (f"--model model {SST2} sst2 --json results/one.json",
+         "results/one.json holds a run that differs in adapt"),
+        (f"--model model {SST2} sst2 --json run/train_args.json",
+         "run/train_args.json is not a result of glue.py"),
+        (f"--model model {SST2} sst2 --save full", "--save full: this folder is not empty"),
+        (f"--model model {SST2} sst2 --save text.txt", "--save text.txt: this is not a folder"),
+        (f"--model model {SST2} sst2 --adapt {ROOT}/masking.py:Nothing", "AttributeError"),
         (f"--model model {SST2} sst2 --predict text.txt", "--predict text.txt: this is not a folder"),
         (f"--model model {SST2} sst2 --adapt entropy --teacher other", "--teacher has 12 word pieces, --model 11")],
     stats: [
