@@ -603,6 +603,30 @@ def test_frozen_weights_do_not_move_by_a_bit(arguments, tokenizer, data_dir, wha
     assert len(optimizers[0].state) == len(before) - len(still)
 
 
+def test_the_rate_rises_and_falls_over_all_epochs_and_gradients_are_clipped(
+        arguments, tokenizer, data_dir, monkeypatch):
+    """2 epochs of 4 steps; the first quarter of the steps is the warm-up."""
+    rates, norms, make = [], [], glue.make_optimizer
+
+    def spied(model, *settings):
+        def note(optimizer, *_):
+            rates.append(optimizer.param_groups[0]["lr"])
+            gradients = [p.grad.norm() for p in model.parameters()]
+            norms.append(torch.stack(gradients).norm().item())
+
+        optimizer = make(model, *settings)
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    monkeypatch.setattr(glue, "make_optimizer", spied)
+    monkeypatch.setattr(glue, "task_loss", lambda logits, labels: 1e3 * logits.float().sum())
+    train = glue.encode(load_task("rte", "train", data_dir), tokenizer, 64)
+    args = arguments("--epochs", "2", "--warmup", ".25", "--lr", "6e-4", task="rte")
+    glue.fit(tiny(), train, {"dev": train}, args)
+    assert rates == pytest.approx([3e-4, 6e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+    assert norms == pytest.approx([1.0] * 8, rel=1e-3)
+
+
 def test_a_fraction_is_fixed_by_the_seed_and_part_of_a_larger_one():
     whole = list(range(1000))
     some, more = glue.subset(whole, 0.2, seed=3), glue.subset(whole, 0.5, seed=3)
@@ -648,7 +672,8 @@ def test_a_strategy_of_the_users_own_adapts_under_its_short_name(arguments, tmp_
     args = arguments("--adapt", f"{file}:Halves")
     run = glue.finetune(args)
     assert run["strategy"] == "Halves" and run["masked"] == pytest.approx(0.5, abs=0.05)
-    assert glue.run_file(args).name.endswith("-Halves-0.json")
+    name = glue.run_file(args).name
+    assert name.endswith("-Halves-0.json") and "mine" not in name
 
 
 def dict_of(extremes: dict) -> dict:
