@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from masking import (STRATEGIES, Context, Strategy, TyphoonStrategy, find_strategy, strategy_label,
+from masking import (STRATEGIES, Context, TyphoonStrategy, find_strategy, strategy_label,
                      strategy_name)
 from model import (InputError, Parser, RunError, can_write, find_pretrained, load_pretrained, log,
                    number, read_json, run_cli, save_pretrained, weights_digest, write_atomic)

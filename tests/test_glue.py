@@ -115,7 +115,8 @@ def test_qqp_skips_and_counts_the_rows_with_too_few_columns(tmp_path, caplog):
     with pytest.raises(InputError, match=r"dev.tsv, line 2: this row does not have 6 columns"):
         load_task("qqp", "dev", tmp_path)
     write(tmp_path, "QQP/test.tsv", "id|question1|question2", "0|Why?|Why not?", "1|cut")
-    with pytest.raises(InputError, match="line 3: this row does not have 3 columns"):  # a test row must not get lost: the server counts them
+    # a test row must not get lost: the server counts them
+    with pytest.raises(InputError, match="line 3: this row does not have 3 columns"):
         load_task("qqp", "test", tmp_path)
 
 
@@ -175,15 +176,21 @@ def test_windows_line_ends_and_odd_separators_inside_a_text(tmp_path):
     ("SST-2/dev.tsv", ["text|label", "fine|1"], "line 1: the header lacks 'sentence'"),
     ("SST-2/dev.tsv", [""], "line 1: the header lacks 'sentence'"),
     ("SST-2/dev.tsv", ["sentence", "fine"], "line 1: the header lacks 'label'"),  # labels missing on dev
-    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fine"], "line 3: this row does not have 2 columns"),
-    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fi|ne|1"], "line 3: this row does not have 2 columns"),
+    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fine"],
+     "line 3: this row does not have 2 columns"),
+    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fi|ne|1"],
+     "line 3: this row does not have 2 columns"),
     ("SST-2/dev.tsv", ["sentence|label", "fine|2"], "line 2: label '2' is not one of 0, 1"),
     ("SST-2/dev.tsv", ["sentence|label", "", "fine|"], "line 3: label '' is not one of 0, 1"),
     ("CoLA/dev.tsv", ["source|label|star|sentence"], "line 1: label 'label' is not one of 0, 1"),
-    ("RTE/dev.tsv", ["index|sentence1|sentence2|label", "0|a|b|neutral"], "line 2: label 'neutral' is not one of entail"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|5.1"], "line 2: score '5.1' is not a number from 0 to 5"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|nan"], "line 2: score 'nan' is not a number from 0 to 5"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|x"], "line 2: score 'x' is not a number from 0 to 5"),
+    ("RTE/dev.tsv", ["index|sentence1|sentence2|label", "0|a|b|neutral"],
+     "line 2: label 'neutral' is not one of entail"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|5.1"],
+     "line 2: score '5.1' is not a number from 0 to 5"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|nan"],
+     "line 2: score 'nan' is not a number from 0 to 5"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|x"],
+     "line 2: score 'x' is not a number from 0 to 5"),
 ])
 def test_a_malformed_file_is_named_with_its_line(tmp_path, file, rows, message):
     write(tmp_path, file, *rows)
@@ -196,7 +203,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, file, rows, message):
 def test_a_malformed_list_of_mrpc_dev_ids_is_named(tmp_path):
     write(tmp_path, "MRPC/msr_paraphrase_train.txt", MRPC, "1|10|11|a|b")
     write(tmp_path, "MRPC/mrpc_dev_ids.tsv", "10|11", "12")
-    with pytest.raises(InputError, match="mrpc_dev_ids.tsv, line 2: this row does not have 2 columns"):
+    with pytest.raises(InputError, match="dev_ids.tsv, line 2: this row does not have 2 columns"):
         load_task("mrpc", "dev", tmp_path)
 
 
@@ -317,7 +324,7 @@ def test_pairs_are_encoded_as_hugging_face_encodes_them(tokenizer):
             assert (np.arange(len(ids)) >= second).astype(int).tolist() == expected["token_type_ids"]
 
 
-@pytest.mark.parametrize("a, b, room, expected", [  # by hand; an odd room's last piece is the longer's
+@pytest.mark.parametrize("a, b, room, expected", [  # an odd room's last piece is the longer text's
     (5, 3, 8, (5, 3)), (5, 3, 7, (4, 3)), (5, 3, 6, (3, 3)), (5, 3, 5, (3, 2)), (3, 5, 5, (2, 3)),
     (9, 1, 5, (4, 1)), (9, 0, 5, (5, 0)), (0, 9, 5, (0, 5))])
 def test_the_longer_text_is_truncated_first(tokenizer, a, b, room, expected):
@@ -417,8 +424,12 @@ def write_split(folder: Path, name: str, split: str, n: int):
     """n examples, labelled by whether the first text is good (a score of 0 or 5; not entailed or entailed)."""
     task, test = TASKS[name], split.startswith("test")
     a, b = sentences(n, seed=len(split)), sentences(n, seed=99)
-    labels = ["5.0" if i % 2 else "0.0" for i in range(n)] if name == "stsb" else \
-        [task.written_labels[i % 2 if task.written_labels[0] in "0 1" else 1 - i % 2] for i in range(n)]
+    good = [i % 2 for i in range(n)]
+    if name == "stsb":
+        labels = ["5.0" if is_good else "0.0" for is_good in good]
+    else:
+        first = 0 if task.written_labels[0] == "0" else 1  # where class 0 is entailment
+        labels = [task.written_labels[is_good ^ first] for is_good in good]
     if name == "cola" and not test:
         return write(folder, f"CoLA/{split}.tsv", *(f"x|{labels[i]}||{a[i]}" for i in range(n)))
     columns = ["index", task.text_a] + [task.text_b] * bool(task.text_b) + [task.label] * (not test)
@@ -923,7 +934,8 @@ def test_a_member_that_leads_out_of_the_folder_is_not_written(serve, tmp_path):
 
 
 def test_without_a_network_one_line_says_which_file_to_put_where(serve, tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "rte", replace(TASKS["rte"], sha256={"http://127.0.0.1:9/RTE.zip": "0"}))
+    nowhere = replace(TASKS["rte"], sha256={"http://127.0.0.1:9/RTE.zip": "0"})
+    monkeypatch.setitem(TASKS, "rte", nowhere)
     with pytest.raises(InputError, match=f"could not fetch http://127.0.0.1:9/RTE.zip .* at {tmp_path}/RTE.zip") as error:
         load_task("rte", "dev", tmp_path)
     assert "\n" not in str(error.value)
