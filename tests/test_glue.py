@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import glue
 from glue import TASKS, Example, load_task, metrics
@@ -111,10 +112,11 @@ def test_qqp_skips_and_counts_the_rows_with_too_few_columns(tmp_path, caplog):
     assert [example.label for example in load_task("qqp", "train", tmp_path)] == [1, 0]
     assert "skipped 2 rows" in caplog.text
     write(tmp_path, "QQP/dev.tsv", QQP, "1|3|4|Why?|Why not?|1|more")
-    with pytest.raises(InputError, match=r"dev.tsv, line 2: 7 columns instead of 6"):
+    with pytest.raises(InputError, match=r"dev.tsv, line 2: this row does not have 6 columns"):
         load_task("qqp", "dev", tmp_path)
     write(tmp_path, "QQP/test.tsv", "id|question1|question2", "0|Why?|Why not?", "1|cut")
-    with pytest.raises(InputError, match="line 3: 2 columns"):  # a test row must not get lost: the server counts them
+    # a test row must not get lost: the server counts them
+    with pytest.raises(InputError, match="line 3: this row does not have 3 columns"):
         load_task("qqp", "test", tmp_path)
 
 
@@ -160,6 +162,11 @@ def test_a_wrong_row_count_is_a_warning_that_names_both(tmp_path, caplog):
     assert "has 2 examples here, officially 1,043" in caplog.text
 
 
+def test_a_text_may_have_any_length(tmp_path):
+    write(tmp_path, "SST-2/dev.tsv", "sentence|label", "fine " * 40_000 + "|1")
+    assert load_task("sst2", "dev", tmp_path) == [Example("fine " * 40_000, None, 1)]
+
+
 def test_windows_line_ends_and_odd_separators_inside_a_text(tmp_path):
     write(tmp_path, "CoLA/dev.tsv", "gj04|1||A\u2028B\x0b C\r", "gj04|0|*|Ünï🙂\r", end="")
     assert [example.text_a for example in load_task("cola", "dev", tmp_path)] == ["A\u2028B\x0b C", "Ünï🙂"]
@@ -169,15 +176,21 @@ def test_windows_line_ends_and_odd_separators_inside_a_text(tmp_path):
     ("SST-2/dev.tsv", ["text|label", "fine|1"], "line 1: the header lacks 'sentence'"),
     ("SST-2/dev.tsv", [""], "line 1: the header lacks 'sentence'"),
     ("SST-2/dev.tsv", ["sentence", "fine"], "line 1: the header lacks 'label'"),  # labels missing on dev
-    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fine"], "line 3: 1 columns instead of 2"),
-    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fi|ne|1"], "line 3: 3 columns instead of 2"),
-    ("SST-2/dev.tsv", ["sentence|label", "fine|2"], "line 2: label '2' is none of 0, 1"),
-    ("SST-2/dev.tsv", ["sentence|label", "", "fine|"], "line 3: label '' is none of 0, 1"),
-    ("CoLA/dev.tsv", ["source|label|star|sentence"], "line 1: label 'label' is none of 0, 1"),
-    ("RTE/dev.tsv", ["index|sentence1|sentence2|label", "0|a|b|neutral"], "line 2: label 'neutral' is none of entail"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|5.1"], "line 2: score '5.1' is no number from 0 to 5"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|nan"], "line 2: score 'nan' is no number from 0 to 5"),
-    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|x"], "line 2: score 'x' is no number from 0 to 5"),
+    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fine"],
+     "line 3: this row does not have 2 columns"),
+    ("SST-2/dev.tsv", ["sentence|label", "fine|1", "fi|ne|1"],
+     "line 3: this row does not have 2 columns"),
+    ("SST-2/dev.tsv", ["sentence|label", "fine|2"], "line 2: label '2' is not one of 0, 1"),
+    ("SST-2/dev.tsv", ["sentence|label", "", "fine|"], "line 3: label '' is not one of 0, 1"),
+    ("CoLA/dev.tsv", ["source|label|star|sentence"], "line 1: label 'label' is not one of 0, 1"),
+    ("RTE/dev.tsv", ["index|sentence1|sentence2|label", "0|a|b|neutral"],
+     "line 2: label 'neutral' is not one of entail"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|5.1"],
+     "line 2: score '5.1' is not a number from 0 to 5"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|nan"],
+     "line 2: score 'nan' is not a number from 0 to 5"),
+    ("STS-B/dev.tsv", [STSB + "|score", "0|a|b|c|d|e|f|g|h|x"],
+     "line 2: score 'x' is not a number from 0 to 5"),
 ])
 def test_a_malformed_file_is_named_with_its_line(tmp_path, file, rows, message):
     write(tmp_path, file, *rows)
@@ -190,7 +203,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, file, rows, message):
 def test_a_malformed_list_of_mrpc_dev_ids_is_named(tmp_path):
     write(tmp_path, "MRPC/msr_paraphrase_train.txt", MRPC, "1|10|11|a|b")
     write(tmp_path, "MRPC/mrpc_dev_ids.tsv", "10|11", "12")
-    with pytest.raises(InputError, match="mrpc_dev_ids.tsv, line 2: 1 columns instead of 2"):
+    with pytest.raises(InputError, match="dev_ids.tsv, line 2: this row does not have 2 columns"):
         load_task("mrpc", "dev", tmp_path)
 
 
@@ -200,11 +213,14 @@ def test_a_file_without_an_example_is_named(tmp_path):
         load_task("sst2", "dev", tmp_path)
 
 
-@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"sentence\tlabel\n" + 5000 * b"fine \t1\n"])
-def test_invalid_utf8_is_named_with_its_byte(tmp_path, before):
+@pytest.mark.parametrize("before", [
+    b"sentence\tlabel\n", b"\xef\xbb\xbfsentence\tlabel\n",
+    b"sentence\tlabel\n" + 5000 * b"fine \t1\n"])
+def test_invalid_utf8_is_named_with_its_line(tmp_path, before):
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2/dev.tsv").write_bytes(before + b"caf\xe9\t1\n")
-    with pytest.raises(InputError, match=f"dev.tsv: not UTF-8 at byte {len(before) + 3}:"):
+    line = before.count(b"\n") + 1
+    with pytest.raises(InputError, match=f"dev.tsv, line {line}: this is not UTF-8:"):
         load_task("sst2", "dev", tmp_path)
 
 
@@ -222,7 +238,19 @@ def test_unknown_tasks_and_splits():
     ("mrpc", [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], {"f1": 2 / 3, "accuracy": 3 / 5}),       # TP 2, FP 1, FN 1
     ("cola", [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 1], {"matthews": (2 * 2 - 1) / 9}),    # (TP TN − FP FN) / √(3·3·3·3)
     ("ax", [0, 1, 2, 2], [0, 1, 2, 1], {"matthews": (3 * 4 - 5) / math.sqrt((16 - 6) * (16 - 6))}),  # R_K by hand
+    # with unequal margins, so that no wrong denominator comes out right: TP 2, FP 3, FN 1, TN 4
+    ("mrpc", [1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 1, 0, 0, 0, 0],
+     {"f1": 4 / 8, "accuracy": 6 / 10}),
+    # TP 5, FP 3, FN 1, TN 1: (TP TN − FP FN) / √((TP+FP) (TP+FN) (TN+FP) (TN+FN))
+    ("cola", [1, 1, 1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0, 1, 0],
+     {"matthews": (5 - 3) / math.sqrt(8 * 6 * 4 * 2)}),
+    # 7 examples, 4 right; predicted 1, 2, 4 times, truly 3, 2, 2 times: Σ p t = 3 + 4 + 8
+    ("ax", [0, 1, 1, 2, 2, 2, 2], [0, 1, 0, 2, 2, 0, 1],
+     {"matthews": (4 * 7 - 15) / math.sqrt((49 - 21) * (49 - 17))}),
     ("stsb", [1, 2, 3, 4], [1, 3, 2, 4], {"pearson": 0.8, "spearman": 0.8}),
+    # ranks 4, 1, 2.5, 5, 2.5 and 4, 5, 2, 1, 3; deviations from the means, multiplied and summed
+    ("stsb", [3, 1, 2, 10, 2], [4, 5, 1, 0, 3.5],
+     {"pearson": -22.6 / math.sqrt(53.2 * 17.8), "spearman": -6.5 / math.sqrt(9.5 * 10)}),
     ("stsb", [1, 1, 2, 8], [1, 2, 3, 4], {"pearson": 11 / math.sqrt(34 * 5), "spearman": 4.5 / math.sqrt(4.5 * 5)}),
 ])
 def test_metrics_by_hand(name, predictions, labels, expected):
@@ -296,13 +324,28 @@ def test_pairs_are_encoded_as_hugging_face_encodes_them(tokenizer):
             assert (np.arange(len(ids)) >= second).astype(int).tolist() == expected["token_type_ids"]
 
 
-@pytest.mark.parametrize("a, b, room, expected", [  # by hand, one token at a time
-    (5, 3, 8, (5, 3)), (5, 3, 7, (4, 3)), (5, 3, 6, (3, 3)), (5, 3, 5, (3, 2)), (5, 3, 4, (2, 2)), (3, 5, 5, (3, 2)),
-    (9, 1, 4, (3, 1)), (9, 0, 4, (4, 0)), (0, 9, 4, (0, 4)), (2, 2, 1, (1, 0))])
-def test_the_longer_text_is_truncated_first(a, b, room, expected):
-    first, second = list(range(a)), list(range(b))
-    glue.truncate(first, second, room)
-    assert (first, second) == (list(range(expected[0])), list(range(expected[1])))
+@pytest.mark.parametrize("a, b, room, expected", [  # an odd room's last piece is the longer text's
+    (5, 3, 8, (5, 3)), (5, 3, 7, (4, 3)), (5, 3, 6, (3, 3)), (5, 3, 5, (3, 2)), (3, 5, 5, (2, 3)),
+    (9, 1, 5, (4, 1)), (9, 0, 5, (5, 0)), (0, 9, 5, (0, 5))])
+def test_the_longer_text_is_truncated_first(tokenizer, a, b, room, expected):
+    example = Example("cat " * a, "dog " * b, 0)
+    ids = glue.encode([example], tokenizer, max_length=room + 3).input_ids[0].tolist()
+    cat, dog = tokenizer.token_to_id("cat"), tokenizer.token_to_id("dog")
+    assert (ids.count(cat), ids.count(dog)) == expected and len(ids) == sum(expected) + 3
+
+
+def test_encoding_leaves_the_tokenizer_as_it_was(tokenizer):
+    before = tokenizer.to_str()
+    glue.encode([Example("the cat " * 50, "a dog", 0)], tokenizer, max_length=16)
+    assert tokenizer.to_str() == before  # it is saved with the model
+
+
+def test_special_tokens_are_added_whatever_the_tokenizer_file_says(tokenizer):
+    expected = glue.encode([Example("the cat", "a dog", 0)], tokenizer, 16).input_ids[0].tolist()
+    fields = json.loads(tokenizer.to_str()) | {"post_processor": None}
+    bare = Tokenizer.from_str(json.dumps(fields))
+    found = glue.encode([Example("the cat", "a dog", 0)], bare, 16).input_ids[0].tolist()
+    assert found == expected and found[0] == tokenizer.token_to_id("[CLS]")
 
 
 def test_no_row_is_longer_than_asked(tokenizer):
@@ -363,7 +406,7 @@ def test_a_prediction_does_not_depend_on_the_batch_it_is_in(tokenizer):
     model = tiny(num_labels=1).eval()
     for parameter in model.parameters():  # weights large enough that predictions differ
         parameter.data += 0.1 * torch.randn_like(parameter)
-    together = glue.predict(model, data, batch_size=16)
+    together = glue.predict(model, data, size=16)
     with torch.no_grad():
         alone = [model(**glue.collate(data, np.array([i]), model)).item() for i in range(40)]
     assert together == pytest.approx(alone, abs=1e-5) and np.ptp(together) > 0.1
@@ -381,8 +424,12 @@ def write_split(folder: Path, name: str, split: str, n: int):
     """n examples, labelled by whether the first text is good (a score of 0 or 5; not entailed or entailed)."""
     task, test = TASKS[name], split.startswith("test")
     a, b = sentences(n, seed=len(split)), sentences(n, seed=99)
-    labels = ["5.0" if i % 2 else "0.0" for i in range(n)] if name == "stsb" else \
-        [task.spelled[i % 2 if task.spelled[0] in "0 1" else 1 - i % 2] for i in range(n)]
+    good = [i % 2 for i in range(n)]
+    if name == "stsb":
+        labels = ["5.0" if is_good else "0.0" for is_good in good]
+    else:
+        first = 0 if task.written_labels[0] == "0" else 1  # where class 0 is entailment
+        labels = [task.written_labels[is_good ^ first] for is_good in good]
     if name == "cola" and not test:
         return write(folder, f"CoLA/{split}.tsv", *(f"x|{labels[i]}||{a[i]}" for i in range(n)))
     columns = ["index", task.text_a] + [task.text_b] * bool(task.text_b) + [task.label] * (not test)
@@ -394,7 +441,7 @@ def write_split(folder: Path, name: str, split: str, n: int):
 def data_dir(tmp_path):
     """All ten tasks: 64 examples to learn from, 32 on dev, 5 on test."""
     for name, task in TASKS.items():
-        for split in task.rows:
+        for split in task.sizes:
             write_split(tmp_path / "glue", name, split, {"tr": 64, "de": 32, "te": 5}[split[:2]])
         (tmp_path / "glue/AX").mkdir(exist_ok=True)
     (tmp_path / "glue/AX/test.tsv").rename(tmp_path / "glue/AX/AX.tsv")
@@ -440,9 +487,93 @@ def test_the_run_file_holds_what_the_statistics_read(arguments):
     assert glue.finetune(arguments("--label", "mine"))["strategy"] == "mine"
 
 
+def test_a_collapsed_run_is_named_as_such(arguments, data_dir):
+    data = glue.load_data("mrpc", data_dir)
+    data = replace(data, train=[example._replace(label=1) for example in data.train])
+    run = glue.finetune(arguments("--epochs", "5", "--lr", "3e-3", task="mrpc"), data)
+    assert set(run["dev"]["predictions"]) == {1}
+    assert run["collapsed"] and "the same answer" in glue.describe(run)
+    assert "(collapsed)" in glue.score_table([run])
+    run = glue.finetune(arguments("--epochs", "10", "--batch-size", "4", "--lr", "3e-3"))
+    assert not run["collapsed"] and "the same answer" not in glue.describe(run)
+    assert "(collapsed)" not in glue.score_table([run])
+
+
+@pytest.mark.parametrize("predictions, expected", [
+    ([1, 1, 1], True), ([0, 0, 1], False), ([2.5, 2.5, 2.5], True), ([2.5, 2.504, 2.496], True),
+    ([2.5, 2.5, 2.6], False), ([1], False)])
+def test_a_constant_score_is_one_to_two_decimals(predictions, expected):
+    assert glue.is_constant(predictions) == expected
+
+
+def test_the_run_file_says_where_the_weights_come_from(arguments, model_dir, tokenizer, tmp_path):
+    run = glue.finetune(arguments())
+    digest = sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()
+    assert (run["weights"], run["teacher_weights"], run["pretraining"]) == (digest, None, None)
+    pretraining = {"masking": "entropy", "seed": 3, "teacher_weights": "ab" * 32}
+    (model_dir / "train_args.json").write_text(json.dumps(pretraining))
+    config = tiny().config
+    torch.manual_seed(5)
+    save_pretrained(BertForMaskedLM(config), tokenizer, tmp_path / "teacher")
+    options = ("--adapt", "entropy", "--teacher", str(tmp_path / "teacher"),
+               "--pattern", "runs/{masking}-{seed}")
+    run = without_times(glue.finetune(arguments(*options)))
+    teacher = sha256((tmp_path / "teacher/model.safetensors").read_bytes()).hexdigest()
+    assert (run["weights"], run["teacher_weights"]) == (digest, teacher) and teacher != digest
+    assert run["pretraining"] == pretraining and run["pattern"] == "runs/{masking}-{seed}"
+    assert run["masked"] == run["adaptation"]["masked"] > 0.2
+
+
+def test_bf16_is_asked_for_and_heard_on_a_cpu(arguments, monkeypatch):
+    """In fine-tuning, in the probe of Typhoon's task loss, in predicting and in adapting."""
+    seen = {"logits": set(), "predict": set(), "recipe": set()}
+    loss, classify, step = glue.task_loss, glue.F.linear, glue.Trainer.step
+    forward = BertForSequenceClassification.forward
+
+    def spy(self, *inputs, **named):
+        logits = forward(self, *inputs, **named)
+        seen["predict"].add(logits.dtype) if not torch.is_grad_enabled() else None
+        return logits
+
+    monkeypatch.setattr(glue, "task_loss", lambda logits, labels: (
+        seen["logits"].add(logits.dtype), loss(logits, labels))[1])
+    monkeypatch.setattr(BertForSequenceClassification, "forward", spy)
+    monkeypatch.setattr(glue.Trainer, "step", lambda self, number: (
+        seen["recipe"].add(self.recipe.bf16), step(self, number))[1])
+    for options, dtype in ((("--bf16",), torch.bfloat16), (("--no-bf16",), torch.float32),
+                           ((), torch.float32)):
+        run = glue.finetune(arguments("--adapt", "typhoon", *options))
+        assert run["bf16"] == (dtype == torch.bfloat16)
+        assert seen == {"logits": {dtype}, "predict": {dtype}, "recipe": {run["bf16"]}}
+        for found in seen.values():
+            found.clear()
+
+
+def test_the_fine_tuned_model_is_kept_and_predicts_the_same_again(arguments, data_dir, tmp_path):
+    run = glue.finetune(arguments("--save", str(tmp_path / "kept"), "--epochs", "3", task="rte"))
+    model, tokenizer = glue.load_pretrained(tmp_path / "kept", "classification")
+    data = glue.encode(load_task("rte", "dev", data_dir), tokenizer, 128)
+    assert glue.predict(model, data).tolist() == run["dev"]["predictions"]
+    assert tokenizer.truncation is None
+
+
+def test_a_full_disk_takes_the_saved_model_but_not_the_scores(arguments, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RunError("no room")
+
+    monkeypatch.setattr(glue, "save_pretrained", fail)
+    args = arguments("--save", str(tmp_path / "kept"), "--json", str(tmp_path / "run.json"))
+    options = [["--" + name.replace("_", "-"), str(getattr(args, name))]
+               for name in ("task", "model", "data_dir", "device", "epochs", "save", "json")]
+    with pytest.raises(RunError, match="no room"):
+        glue.main(sum(options, []))
+    assert json.loads((tmp_path / "run.json").read_text())["task"] == "sst2"
+
+
 def test_the_last_epoch_is_the_headline_and_the_best_is_beside_it(arguments, monkeypatch):
     scripted = iter([{"f1": 0.8, "accuracy": 0.6}, {"f1": 0.7, "accuracy": 0.9}, {"f1": 0.85, "accuracy": 0.7}])
-    monkeypatch.setattr(glue, "evaluate", lambda *_: (next(scripted), {}))
+    dev = {"dev": {"predictions": [0, 1], "labels": [1, 1]}}
+    monkeypatch.setattr(glue, "evaluate", lambda *_: (next(scripted), dev))
     run = glue.finetune(arguments("--epochs", "3", task="mrpc"))
     assert run["last"] == {"f1": 0.85, "accuracy": 0.7}
     assert run["best"] == {"epoch": 2, "f1": 0.7, "accuracy": 0.9}  # by the mean of the two
@@ -483,6 +614,30 @@ def test_frozen_weights_do_not_move_by_a_bit(arguments, tokenizer, data_dir, wha
     assert len(optimizers[0].state) == len(before) - len(still)
 
 
+def test_the_rate_rises_and_falls_over_all_epochs_and_gradients_are_clipped(
+        arguments, tokenizer, data_dir, monkeypatch):
+    """2 epochs of 4 steps; the first quarter of the steps is the warm-up."""
+    rates, norms, make = [], [], glue.make_optimizer
+
+    def spied(model, *settings):
+        def note(optimizer, *_):
+            rates.append(optimizer.param_groups[0]["lr"])
+            gradients = [p.grad.norm() for p in model.parameters()]
+            norms.append(torch.stack(gradients).norm().item())
+
+        optimizer = make(model, *settings)
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    monkeypatch.setattr(glue, "make_optimizer", spied)
+    monkeypatch.setattr(glue, "task_loss", lambda logits, labels: 1e3 * logits.float().sum())
+    train = glue.encode(load_task("rte", "train", data_dir), tokenizer, 64)
+    args = arguments("--epochs", "2", "--warmup", ".25", "--lr", "6e-4", task="rte")
+    glue.fit(tiny(), train, {"dev": train}, args)
+    assert rates == pytest.approx([3e-4, 6e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+    assert norms == pytest.approx([1.0] * 8, rel=1e-3)
+
+
 def test_a_fraction_is_fixed_by_the_seed_and_part_of_a_larger_one():
     whole = list(range(1000))
     some, more = glue.subset(whole, 0.2, seed=3), glue.subset(whole, 0.5, seed=3)
@@ -519,6 +674,19 @@ def test_every_strategy_adapts_and_keeps_to_the_budget(arguments, strategy):
         assert rates == sorted(rates, reverse=True) and {"good", "bad"} & set(dict_of(adaptation["typhoon"]))
 
 
+def test_a_strategy_of_the_users_own_adapts_under_its_short_name(arguments, tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text("from masking import Strategy, random_mask\n\n\n"
+                    "class Halves(Strategy):\n"
+                    "    def mask(self, batch, generator=None):\n"
+                    "        return random_mask(batch.maskable, 0.5, generator)\n")
+    args = arguments("--adapt", f"{file}:Halves")
+    run = glue.finetune(args)
+    assert run["strategy"] == "Halves" and run["masked"] == pytest.approx(0.5, abs=0.05)
+    name = glue.run_file(args).name
+    assert name.endswith("-Halves-0.json") and "mine" not in name
+
+
 def dict_of(extremes: dict) -> dict:
     return {piece: rate for rows in extremes.values() for piece, rate, _ in rows}
 
@@ -543,6 +711,31 @@ def test_adaptation_trains_the_encoder_by_the_masked_lm_and_leaves_the_head(argu
             assert torch.equal(value, before[name]) == name.startswith(("bert.pooler", "classifier")), name
         encoders.append(model.bert.layers[0].output.weight)
     assert not torch.equal(*encoders)
+
+
+def padding_vocabulary(pad_at: int) -> dict[str, int]:
+    """[PAD] is number `pad_at`; number 0 is a word."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    words.insert(0, words.pop(words.index("cat")))
+    words.insert(pad_at, "[PAD]")
+    return {word: i for i, word in enumerate(words)}
+
+
+@pytest.mark.parametrize("pad_at", [0, 6])
+def test_adaptation_does_not_train_on_padding(arguments, data_dir, tmp_path, pad_at, monkeypatch):
+    """The tokenizer says what [PAD] is. The config of this model says 0, whatever it is."""
+    tokenizer = wordpiece_tokenizer(padding_vocabulary(pad_at))
+    torch.manual_seed(1)
+    save_pretrained(BertForMaskedLM(tiny().config), tokenizer, tmp_path / "padded")
+    trainers, step = [], glue.Trainer.step
+    monkeypatch.setattr(glue.Trainer, "step", lambda self, number: (
+        trainers.append(self), step(self, number))[1])
+    run = glue.finetune(arguments("--adapt", "random", "--model", str(tmp_path / "padded"),
+                                  "--adapt-batch-size", "64"))
+    words = sum(len(example.text_a.split()) for example in load_task("sst2", "train", data_dir))
+    batch = trainers[0].texts.batch(torch.arange(64))
+    assert batch.maskable.sum() == words and batch.attention_mask.sum() == words + 2 * 64
+    assert run["masked"] == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.fixture
@@ -589,6 +782,7 @@ def test_the_task_loss_trains_the_head_and_never_the_encoder(task_typhoon):
         strategy.end_step()
     assert all(torch.equal(value, before[name]) for name, value in encoder.items())
     assert all(parameter.grad is None for parameter in strategy.context.model.parameters())
+    assert all(parameter.grad is None for parameter in strategy.probe.parameters())
     assert all(not torch.equal(one, two) for one, two in zip(strategy.head, head))
     copies = [*classifier.bert.pooler.parameters(), *classifier.classifier.parameters()]
     assert all(torch.equal(one, two) for one, two in zip(copies, head))  # what fine-tuning starts from has not moved
@@ -631,11 +825,13 @@ def test_all_nine_tasks_their_score_and_the_eleven_files_of_a_submission(argumen
     monkeypatch.chdir(tmp_path)
     args = arguments()
     glue.main(["--task", "all", "--model", args.model, "--data-dir", args.data_dir, "--device", "cpu", "--epochs", "1",
-               "--predict", "out"])
+               "--predict", "out", "--save", "models"])
     runs = {path.name.split("-")[0]: json.loads(path.read_text()) for path in Path("runs/glue").glob("*.json")}
     assert set(runs) == set(TASKS) - {"ax"}
     score = np.mean([np.mean(list(run["last"].values())) for run in runs.values()])
     printed = capsys.readouterr().out
+    assert {path.name for path in Path("models").iterdir()} == set(runs)
+    assert all((path / "model.safetensors").exists() for path in Path("models").iterdir())
     assert f"GLUE score{score:>10.4f}" in printed and "it overstates" in printed
     words = {"MNLI-m": "entailment neutral contradiction", "QNLI": "entailment not_entailment"}
     words |= {"MNLI-mm": words["MNLI-m"], "AX": words["MNLI-m"], "RTE": words["QNLI"]}
@@ -649,7 +845,7 @@ def test_all_nine_tasks_their_score_and_the_eleven_files_of_a_submission(argumen
 
 
 def test_submitted_scores_are_clipped(arguments, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(glue, "predict", lambda model, data: np.array([-1.0, 2.34567, 5.5]))
+    monkeypatch.setattr(glue, "predict", lambda *_: np.array([-1.0, 2.34567, 5.5]))
     args = arguments("--predict", str(tmp_path), task="stsb")
     glue.write_predictions(None, tokenizer, {"STS-B.tsv": [Example("a", "b", None)] * 3}, args)
     assert (tmp_path / "STS-B.tsv").read_text() == "index\tprediction\n0\t0.000\n1\t2.346\n2\t5.000\n"
@@ -682,9 +878,9 @@ def serve(monkeypatch):
 
     def put(task, sha256_of=None, cut=(), **files):
         Server.files, Server.cut = {name.replace("__", "."): data for name, data in files.items()}, set(cut)
-        downloads = tuple((f"http://127.0.0.1:{server.server_port}/{name}", sha256(sha256_of or data).hexdigest())
-                          for name, data in Server.files.items())
-        monkeypatch.setitem(TASKS, task, replace(TASKS[task], downloads=downloads))
+        downloads = {f"http://127.0.0.1:{server.server_port}/{name}":
+                     sha256(sha256_of or data).hexdigest() for name, data in Server.files.items()}
+        monkeypatch.setitem(TASKS, task, replace(TASKS[task], sha256=downloads))
     yield put
     server.shutdown()
     server.server_close()
@@ -738,7 +934,8 @@ def test_a_member_that_leads_out_of_the_folder_is_not_written(serve, tmp_path):
 
 
 def test_without_a_network_one_line_says_which_file_to_put_where(serve, tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "rte", replace(TASKS["rte"], downloads=(("http://127.0.0.1:9/RTE.zip", "0"),)))
+    nowhere = replace(TASKS["rte"], sha256={"http://127.0.0.1:9/RTE.zip": "0"})
+    monkeypatch.setitem(TASKS, "rte", nowhere)
     with pytest.raises(InputError, match=f"could not fetch http://127.0.0.1:9/RTE.zip .* at {tmp_path}/RTE.zip") as error:
         load_task("rte", "dev", tmp_path)
     assert "\n" not in str(error.value)
@@ -752,7 +949,7 @@ def test_an_archive_without_the_split_is_named(serve, tmp_path):
 
 @needs_glue
 def test_the_table_has_the_hashes_of_the_real_mrpc():
-    for url, digest in TASKS["mrpc"].downloads:
+    for url, digest in TASKS["mrpc"].sha256.items():
         data = (Path(GLUE_DIR) / "MRPC" / url.rpartition("/")[2]).read_bytes()
         assert sha256(data).hexdigest() == digest
 
@@ -760,24 +957,41 @@ def test_the_table_has_the_hashes_of_the_real_mrpc():
 # --- the command line ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options, message", [
-    (["--task", "mrcp"], "--task mrcp is wrong: it must be one of cola, sst2"),
-    (["--task", "ax"], "--task ax is wrong"),
-    (["--epochs", "0"], "--epochs 0 is wrong: it must be at least 1"),
-    (["--batch-size", "0"], "--batch-size 0"), (["--adapt-epochs", "-1"], "--adapt-epochs -1"),
-    (["--lr", "0"], "--lr 0.0 is wrong: it must be above 0"), (["--lr", "nan"], "--lr nan"),
-    (["--adapt-lr", "inf"], "--adapt-lr inf"), (["--warmup", "1.5"], "--warmup 1.5"), (["--dropout", "1"], "--dropout 1.0"),
-    (["--fraction", "0"], "--fraction 0.0 is wrong: it must be above 0 and at most 1"),
-    (["--mask-rate", "1"], "--mask-rate 1.0"), (["--corruption", "1", "1", "0"], "three shares that sum to 1"),
-    (["--weight-decay", "-1"], "--weight-decay -1.0"), (["--seed", "-1"], "--seed -1"), (["--seq-len", "7"], "--seq-len 7"),
-    (["--freeze", "all"], "--freeze all is wrong: it must be none, embeddings, a number or encoder"),
-    (["--freeze", "3"], "--freeze 3: the model has 2 layers"), (["--adapt", "mask"], "--adapt mask is wrong"),
-    (["--typhoon-loss", "kd"], "--typhoon-loss kd"), (["--entropy-select", "top"], "--entropy-select top"),
-    (["--task", "all", "--json", "x.json"], "--json x.json is wrong: it must be left out"),
+    (["--task", "mrcp"], "argument --task: invalid choice: 'mrcp'"),
+    (["--task", "ax"], "argument --task: invalid choice: 'ax'"),
+    (["--epochs", "0"], "argument --epochs: 0 is not at least 1"),
+    (["--batch-size", "0"], "argument --batch-size: 0 is not"),
+    (["--adapt-epochs", "-1"], "argument --adapt-epochs: -1 is not"),
+    (["--lr", "0"], "argument --lr: 0 is not above 0"), (["--lr", "nan"], "argument --lr: nan"),
+    (["--adapt-lr", "inf"], "argument --adapt-lr: inf"),
+    (["--warmup", "1.5"], "--warmup: 1.5 is not at least 0 and at most 1"),
+    (["--dropout", "1"], "--dropout: 1 is not at least 0 and below 1"),
+    (["--fraction", "0"], "--fraction: 0 is not at most 1 and above 0"),
+    (["--mask-rate", "1"], "--mask-rate: 1 is not"),
+    (["--corruption", "1", "1", "0"], "three shares that sum to 1"),
+    (["--weight-decay", "-1"], "--weight-decay: -1"), (["--seed", "-1"], "--seed: -1"),
+    (["--seq-len", "7"], "--seq-len: 7"),
+    (["--freeze", "all"], "--freeze: 'all' is not none, embeddings, encoder or a number"),
+    (["--adapt", "mask"], "argument --adapt: 'mask' is unknown: choose from random"),
+    (["--typhoon-loss", "kd"], "--typhoon-loss: invalid choice"),
+    (["--entropy-select", "top"], "--entropy-select: invalid choice"),
+    (["--task", "all", "--json", "x.json"], "--json x.json: leave it out"),
+])
+def test_wrong_arguments_are_named_in_one_line(arguments, options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments(*options)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--freeze", "3"], "--freeze 3: the model has 2 layers"),
     (["--model", "nowhere/at/all"], "nowhere/at/all is not a model directory"),
     (["--seq-len", "129"], "has 128 positions: lower --seq-len"),
     (["--device", "cuda:99"], "cuda:99"),
 ])
-def test_wrong_arguments_are_named_before_anything_slow(arguments, options, message, monkeypatch):
+def test_what_does_not_fit_the_model_or_the_machine_is_named_before_anything_slow(
+        arguments, options, message, monkeypatch):
     monkeypatch.setattr(glue, "encode", lambda *_: pytest.fail("it had begun"))
     with pytest.raises(InputError, match=message) as error:
         glue.finetune(arguments(*options))
@@ -794,7 +1008,7 @@ def test_a_model_directory_that_lacks_a_file_is_named(arguments, model_dir, file
 def test_a_bad_file_of_the_last_task_stops_all_before_the_first(arguments, data_dir, tmp_path, monkeypatch):
     write(data_dir, "WNLI/dev.tsv", "index|sentence1|sentence2|label", "0|a|b|2")
     monkeypatch.setattr(glue, "finetune", lambda *_: pytest.fail("it had begun"))
-    with pytest.raises(InputError, match="WNLI/dev.tsv, line 2: label '2' is none of 0, 1"):
+    with pytest.raises(InputError, match="WNLI/dev.tsv, line 2: label '2' is not one of 0, 1"):
         glue.main(["--task", "all", "--model", "m", "--data-dir", str(data_dir)])
 
 
@@ -806,6 +1020,76 @@ def test_the_command_ends_in_one_line_and_status_2(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("glue.py: ") and "line 3: label 'one'" in done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["SST-2", "train.tsv"]
+
+
+def command(*options: str, args) -> list[str]:
+    return ["--task", args.task, "--model", args.model, "--data-dir", args.data_dir,
+            "--device", "cpu", "--epochs", "1", *options]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--lr", "1e-3"], "holds a run that differs in lr (2e-05 there, 0.001 here)"),
+    (["--seed", "1"], "differs in seed (0 there, 1 here)"),
+    (["--adapt", "random"], "differs in adapt (none there, random here)"),
+    (["--bf16"], "differs in bf16 (None there, True here)"),
+    (["--corruption", ".8", ".1", ".1"], "differs in corruption ([1.0, 0.0, 0.0] there"),
+    (["--task", "rte"], "differs in task (sst2 there, rte here)"),
+])
+def test_a_result_with_other_settings_is_never_replaced(arguments, tmp_path, options, message,
+                                                        monkeypatch):
+    args, file = arguments(), tmp_path / "run.json"
+    glue.main(command("--json", str(file), args=args))
+    before = file.read_bytes()
+    monkeypatch.setattr(glue, "load_data", lambda *_: pytest.fail("it had begun"))
+    with pytest.raises(InputError) as error:
+        glue.main(command("--json", str(file), *options, args=args))
+    assert str(file) in str(error.value) and message in str(error.value)
+    assert file.read_bytes() == before
+
+
+def test_a_result_from_other_weights_is_never_replaced(arguments, model_dir, tokenizer, tmp_path):
+    args, file = arguments(), tmp_path / "run.json"
+    glue.main(command("--json", str(file), args=args))
+    config = tiny().config
+    torch.manual_seed(9)
+    save_pretrained(BertForMaskedLM(config), tokenizer, model_dir)  # trained again in place
+    with pytest.raises(InputError, match=f"{file} holds a run that differs in weights"):
+        glue.main(command("--json", str(file), args=args))
+    file.write_text(json.dumps({"steps": 3}))  # some other program's
+    with pytest.raises(InputError, match=f"{file} is not a result of glue.py"):
+        glue.main(command("--json", str(file), args=args))
+    assert file.read_text() == '{"steps": 3}'
+
+
+def test_the_same_run_may_be_written_again_and_a_damaged_file_too(arguments, tmp_path, capsys):
+    args, file = arguments(), tmp_path / "run.json"
+    glue.main(command("--json", str(file), args=args))
+    first = json.loads(file.read_text())
+    glue.main(command("--json", str(file), "--predict", str(tmp_path / "out"), args=args))
+    again = json.loads(file.read_text())
+    assert again["last"] == first["last"] and again["args"]["predict"]
+    file.write_text(json.dumps(first)[:50])
+    glue.main(command("--json", str(file), args=args))
+    assert without_times(json.loads(file.read_text())) == without_times(first)
+
+
+def test_options_are_listed_in_groups():
+    text = glue.make_parser().format_help()
+    groups = ["what to run:", "fine-tuning:", "adaptation before it:", "what to keep:"]
+    where = [text.index("\n" + group) for group in groups]
+    assert where == sorted(where) and text.index("--adapt-lr", where[2]) < where[3]
+
+
+@pytest.mark.parametrize("place, message", [
+    ("full", "this folder is not empty"), ("full/file", "not a folder that can be written")])
+def test_a_model_is_never_saved_over_something(arguments, tmp_path, place, message, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    with pytest.raises(SystemExit):
+        arguments("--save", str(tmp_path / place))
+    assert message in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    arguments("--save", str(tmp_path / "empty"))
 
 
 def test_the_run_file_is_named_after_the_run(arguments):
