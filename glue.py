@@ -542,7 +542,7 @@ def finetune(args: Namespace, data: Data | None = None) -> dict:
     if args.predict:
         write_predictions(model, tokenizer, data.test, args)
     best = max(epochs, key=lambda entry: score(entry["metrics"]))
-    return {"task": args.task, "model": args.model, "strategy": args.label or args.adapt, "seed": args.seed,
+    return {"task": args.task, "model": args.model, "strategy": args.label or args.adapt, "pattern": args.pattern, "seed": args.seed,
             "args": vars(args), "versions": versions(), "epochs": epochs, "last": epochs[-1]["metrics"],
             "best": {"epoch": best["epoch"], **best["metrics"]},
             "baseline": baseline(args.task, train.labels, dev["dev"].labels), "adaptation": adaptation, **sets,
@@ -735,6 +735,7 @@ def make_parser() -> Parser:
     add("--predict", metavar="DIR", help="write the GLUE server's files of test predictions")
     add("--json", metavar="FILE", help="the run's file (default: runs/glue/TASK-MODEL-STRATEGY-SEED.json)")
     add("--label", help="what the run's file calls the strategy (default: that of --adapt)")
+    add("--pattern", help="set by stats.py: the pattern with {masking} or {seed} that --model comes from")
     return parser
 
 

@@ -500,6 +500,13 @@ def frequency_yardstick(texts: Texts, token_counts: Tensor) -> dict[str, float]:
             "accuracy": (words == token_counts.argmax()).float().mean().item()}
 
 
+def exam_metrics(right: np.ndarray, count: np.ndarray, log_likelihood: np.ndarray) -> dict[str, float]:
+    """right, count (n, 3), log_likelihood (n,): per window -> accuracy, its three bands, mean nats per position."""
+    bands = right.sum(0) / count.sum(0)  # (3,)
+    return {"accuracy": float(right.sum() / count.sum()), "common": float(bands[0]), "middle": float(bands[1]),
+            "rare": float(bands[2]), "log_likelihood": float(log_likelihood.sum() / count.sum())}
+
+
 SENTENCES = ("return the [MASK] of the list.", "the file could not be [MASK].", "this is the first [MASK] of the year.")
 
 
