@@ -948,7 +948,9 @@ def check(args: Namespace):
         if not holds:
             raise InputError(message)
 
-    choices = {"masking": STRATEGIES, "preset": PRESETS, "entropy_select": ("high", "low", "mixed", "sample"),
+    if ":" not in args.masking:
+        require(args.masking in STRATEGIES, f"--masking {args.masking!r} is unknown: choose from {', '.join(STRATEGIES)}")
+    choices = {"preset": PRESETS, "entropy_select": ("high", "low", "mixed", "sample"),
                "entropy_input": ("visible", "masked"), "student_init": ("random", "embeddings", "layers")}
     for name, known in choices.items():
         value = getattr(args, name)
