@@ -225,6 +225,24 @@ def test_the_multi_bootstrap_covers_the_true_difference_over_seeds_and_examples(
     assert np.all((0.93 <= covered / trials) & (covered / trials <= 0.97)), covered / trials
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed_sd, noise_sd, percent", [
+    (1, 0, 92.4), (1, 1, 93.6), (1, 2, 96.8), (2, 0, 88.8), (4, 0, 85.4)])
+def test_the_coverage_that_the_multi_bootstrap_states_for_five_seeds(seed_sd, noise_sd, percent):
+    """2,000 trials of 200 examples, give or take half a point. Each example has a difference of its
+    own (sd 1), each seed one that it adds to all (in units that make 1 add as much to the variance
+    of the mean as the examples do), each run noise of its own on each example."""
+    rng, seeds, examples, covered = np.random.default_rng(0), 5, 200, 0
+    for trial in range(2000):
+        differences = seed_sd * math.sqrt(seeds / examples) * rng.normal(size=(seeds, 1)) \
+            + rng.normal(size=examples) + noise_sd * rng.normal(size=(seeds, examples))
+        counts = rng.multinomial(examples, np.full(examples, 1 / examples), size=499)
+        scores = differences @ counts.T / examples  # (seeds, 499)
+        low, high = stats.multi_bootstrap(scores, np.zeros_like(scores), seed=trial)
+        covered += low <= 0 <= high
+    assert 100 * covered / 2000 == pytest.approx(percent, abs=1.5)
+
+
 def test_the_multi_bootstrap_of_one_seed_is_no_interval():
     assert all(map(math.isnan, stats.multi_bootstrap(np.ones((1, 9)), np.zeros((1, 9)))))
 
@@ -880,6 +898,16 @@ def test_a_seed_in_the_options_makes_the_teacher_vary(fake_train):
     assert [job.alone for job in jobs] == [False, True, False] * 2  # two teachers
     jobs = stats.pretraining_jobs(runs, Path("out"))
     assert [job.alone for job in jobs] == [False, True, False] + [False] * 3
+
+
+def test_a_dry_run_of_pretraining_lists_the_models_and_downloads_no_corpus(fake_train, monkeypatch,
+                                                                         capsys):
+    monkeypatch.setattr(stats.train, "corpus_files", lambda _: pytest.fail("it would download"))
+    stats.main([*MLM, "--strategies", "random", "--pretrain", "--corpus wikitext-2", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["pretrain  runs/random-0", "pretrain  runs/random-1"]
+    assert lines[-1].startswith("2 of 2 runs to do") and "download" not in str(lines)
+    assert not Path("out").exists() and not Path("runs").exists()
 
 
 def test_an_exam_that_is_missing_is_refused_or_a_failure(fake_train):
