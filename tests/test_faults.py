@@ -317,17 +317,23 @@ CASES = {
         ("", "the following arguments are required"), ("repot x", "invalid choice: 'repot'"),
         ("report nowhere", "nowhere holds no finished run: python stats.py sweep"), ("report empty", "holds no finished run"),
         ("report text.txt", "holds no finished run"), ("report damaged-results", "holds no finished run"),
-        ("report results --effect nan", "--effect nan"), ("report results --epoch first", "invalid choice: 'first'"),
+        ("report results --effect nan", "--effect: nan is not above 0"), ("report results --epoch first", "invalid choice: 'first'"),
         ("sweep", "--tasks and --models and --strategies missing"), ("sweep --preset typhon", "invalid choice: 'typhon'"),
-        (f"{CELL} --jobs 0", "--jobs 0"), (f"{CELL} --shard 5/4", "--shard 5/4: write it as"), (f"{CELL} --seeds -1", "--seed -1"),
-        (f"{CELL} --seeds x", "invalid int value: 'x'"), (f"{CELL} --tasks cloa", "--task cloa is wrong"),
-        (f"{CELL} --strategies rnd", "--adapt rnd is wrong"), (f"{CELL} --models 'runs/{{seeds}}'", "no other brace"),
-        (f"{CELL} -- --lr nan", "--lr nan"), (f"{CELL} -- --see 5", "unrecognized arguments: --see 5"),
+        (f"{CELL} --jobs 0", "--jobs: 0 is not at least 1"), (f"{CELL} --shard 5/4", "--shard 5/4: write it as"), (f"{CELL} --seeds -1", "--seeds: -1 is not at least 0"),
+        (f"{CELL} --seeds x", "invalid int value: 'x'"), (f"{CELL} --tasks cloa", "--tasks: invalid choice: 'cloa'"),
+        (f"{CELL} --strategies rnd", "rnd"), (f"{CELL} --models 'runs/{{seeds}}'", "no other brace"),
+        (f"{CELL} -- --lr nan", "--lr"), (f"{CELL} -- --see 5", "unrecognized arguments: --see 5"),
         (f"{CELL} --pretrain", "--models has none with {masking}"), (f"{CELL} -- --json x", "--json is set by the sweep"),
         (f"{CELL} --models 'runs/{{masking}}'", "runs/random is not there"),
-        (f"{CELL} --out text.txt", "--json text.txt/cola--model--random--0.json is wrong: it must be a file that can be"),
+        (f"{CELL} --out text.txt", "text.txt/cola--model--random--0.json"),
         ("sweep --preset entropy --pretrain \"--steps '3\"", "No closing quotation"),
-        ("sweep --preset entropy --pretrain '--steps 0'", "--steps 0")]}
+        ("sweep --preset entropy --pretrain '--steps 0'", "--steps"),
+        (f"{CELL} --models nowhere/at/all", "nowhere/at/all is not there, or has no weights"),
+        (f"{CELL} --models no-weights", "no-weights is not there, or has no weights"),
+        (f"{CELL} --tasks mlm", "--models model has no {masking}: give a pattern"),
+        (f"{CELL} --arm entropy=x", "--arm: 'entropy=x' is not NAME='OPTIONS' with a name of its"),
+        ("report results --metric f1", "--metric f1: no task here has it: choose from matthews"),
+        ("report results --against x", "--against x: results has no such strategy, but none")]}
 
 
 @pytest.mark.parametrize("module, line, said", [

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import stats
-from model import InputError
+from model import InputError, RunError
 
 DATA = Path(__file__).parent / "data" / "stats"
 
@@ -61,6 +61,14 @@ def test_a_paired_t_test_by_hand():
     assert t == pytest.approx(2 * math.sqrt(3))
     assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))
     assert stats.cohen_dz([1, 2, 3]) == 2
+
+
+def test_the_sign_of_t_says_which_of_the_two_is_better():
+    better, worse = [3, 5, 7], [2, 3, 4]
+    t, p = stats.paired_t_test(worse, better)
+    assert t == pytest.approx(-2 * math.sqrt(3)) and 0 < p < 0.1
+    assert stats.cohen_dz([-1, -2, -3]) == -2
+    assert stats.confidence_interval([-1, -2, -3]) == pytest.approx((-2 - 2.484, -2 + 2.484), abs=1e-3)
 
 
 def test_one_seed_gives_no_test_and_no_interval():
@@ -165,9 +173,10 @@ def test_without_a_true_difference_the_error_rates_are_the_promised_ones():
     rejected, covered, claimed = 0, 0, 0
     for _ in range(2000):
         luck = rng.normal(0, 0.02, 5)
-        scores = {name: dict(enumerate(0.8 + luck + rng.normal(0, 0.01, 5)))
-                  for name in ("random", "entropy", "typhoon")}
-        pairs = stats.compare_all({("mrpc", "m"): scores}, {}, [])
+        rows = [stats.Row("mrpc", "m", name, seed, score)
+                for name in ("random", "entropy", "typhoon")
+                for seed, score in enumerate(0.8 + luck + rng.normal(0, 0.01, 5))]
+        pairs = stats.compare_all(rows, [])
         rejected += pairs[0]["p"] < 0.05
         covered += pairs[0]["low"] <= 0 <= pairs[0]["high"]
         claimed += "beats" in stats.verdict(pairs)
@@ -207,12 +216,31 @@ def test_the_multi_bootstrap_covers_the_true_difference_over_seeds_and_examples(
         for slope in SLOPES:
             score = ((2 * labels - 1) * slope + difficulty + rng.normal(0, STRATEGY_SD, examples)
                      + rng.normal(0, SEED_SD, (seeds, 1)) + rng.normal(0, NOISE_SD, (seeds, examples)))
-            drawn.append(np.stack([stats.resampled_scores(predictions, labels, f1_and_matthews, 199, seed=trial)
-                                   for predictions in (score > 0).astype(int)]))  # (seeds, 199, 2)
+            runs = [stats.resampled_scores(f1_and_matthews, predictions, labels, resamples=199,
+                                           seed=trial) for predictions in (score > 0).astype(int)]
+            drawn.append(np.stack(runs))  # (seeds, 199, 2)
         for metric in range(2):
             low, high = stats.multi_bootstrap(drawn[0][..., metric], drawn[1][..., metric], seed=trial)
             covered[metric] += low <= target[metric] <= high
     assert np.all((0.93 <= covered / trials) & (covered / trials <= 0.97)), covered / trials
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed_sd, noise_sd, percent", [
+    (1, 0, 92.4), (1, 1, 93.6), (1, 2, 96.8), (2, 0, 88.8), (4, 0, 85.4)])
+def test_the_coverage_that_the_multi_bootstrap_states_for_five_seeds(seed_sd, noise_sd, percent):
+    """2,000 trials of 200 examples, give or take half a point. Each example has a difference of its
+    own (sd 1), each seed one that it adds to all (in units that make 1 add as much to the variance
+    of the mean as the examples do), each run noise of its own on each example."""
+    rng, seeds, examples, covered = np.random.default_rng(0), 5, 200, 0
+    for trial in range(2000):
+        differences = seed_sd * math.sqrt(seeds / examples) * rng.normal(size=(seeds, 1)) \
+            + rng.normal(size=examples) + noise_sd * rng.normal(size=(seeds, examples))
+        counts = rng.multinomial(examples, np.full(examples, 1 / examples), size=499)
+        scores = differences @ counts.T / examples  # (seeds, 499)
+        low, high = stats.multi_bootstrap(scores, np.zeros_like(scores), seed=trial)
+        covered += low <= 0 <= high
+    assert 100 * covered / 2000 == pytest.approx(percent, abs=1.5)
 
 
 def test_the_multi_bootstrap_of_one_seed_is_no_interval():
@@ -221,7 +249,8 @@ def test_the_multi_bootstrap_of_one_seed_is_no_interval():
 
 def test_two_runs_are_scored_on_the_same_resampled_examples():
     labels = np.arange(50) % 2
-    first, second = (stats.resampled_scores(labels, labels, lambda p, y: p.sum(), 20, seed=3) for _ in range(2))
+    first, second = (stats.resampled_scores(lambda p: p.sum(), labels, resamples=20, seed=3)
+                     for _ in range(2))
     assert (first == second).all() and len(set(first)) > 1
 
 
@@ -283,7 +312,8 @@ def test_no_winner_is_claimed_on_an_unadjusted_p(tmp_path):
 
 
 def test_numbers_are_shown_without_a_negative_zero():
-    assert [stats.show(value, "+") for value in (-1e-9, 0.12345, math.nan)] == ["+0.0000", "+0.1235", "n/a"]
+    assert [stats.show(value) for value in (-1e-9, 0.12345, math.nan)] == ["0.0000", "0.1235", "n/a"]
+    assert stats.show_interval(-1e-9, 0.1) == "[+0.0000, +0.1000]"
 
 
 def test_a_winner_that_other_examples_may_not_bear_out_is_marked():
@@ -372,6 +402,197 @@ def test_runs_with_other_arguments_are_noted(tmp_path):
     assert "cola, m: the runs differ in epochs: 2, 3" in stats.analyse(tmp_path)["notes"]
 
 
+def write_pretrained(folder, strategy, seed, score=0.5, weights=None, teacher="t", steps=60, **fields):
+    """A run of a model that `sweep --pretrain` made."""
+    pretraining = {"masking": strategy, "steps": steps, "seed": seed, "teacher_weights": teacher}
+    write_run(folder, strategy, seed, score, model=f"runs/{strategy}-{seed}",
+              name=f"{strategy}-{seed}", pattern="runs/{masking}-{seed}",
+              weights=weights or f"{strategy}{seed}", pretraining=pretraining, **fields)
+
+
+def notes_of(folder):
+    return stats.analyse(folder)["notes"]
+
+
+def test_models_that_were_pretrained_otherwise_are_noted_but_not_what_their_strategy_implies(tmp_path):
+    for strategy, seed in product(("random", "entropy"), range(2)):
+        write_pretrained(tmp_path, strategy, seed, teacher="t" if strategy == "entropy" else None)
+    assert not [note for note in notes_of(tmp_path) if "differ" in note]
+    write_pretrained(tmp_path, "entropy", 1, steps=120)
+    assert "runs/{masking}-{seed}: the pretraining of the runs differs in steps: 120, 60" \
+        in notes_of(tmp_path)
+
+
+def test_a_setting_of_a_strategy_that_changes_from_seed_to_seed_is_noted(tmp_path):
+    for seed, select in enumerate(("high", "mixed")):
+        write_run(tmp_path, "entropy", seed, 0.5, pretraining={"entropy_select": select})
+    assert 'm: the pretraining of the runs differs in entropy_select: "high", "mixed"' \
+        in notes_of(tmp_path)
+
+
+def test_a_copied_model_is_no_independent_seed(tmp_path):
+    for seed in range(2):
+        write_pretrained(tmp_path, "random", seed, weights="copied")
+    with pytest.raises(InputError, match="random: seeds 0 and 1 have the same weights"):
+        stats.analyse(tmp_path)
+
+
+def test_one_backbone_with_several_fine_tuning_seeds_is_fine_unless_it_changed(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "random", seed, 0.5, weights="one")
+    assert notes_of(tmp_path) == [
+        "cola, m: no multi-bootstrap, the runs did not keep predictions on the same dev examples"]
+    write_run(tmp_path, "random", 2, 0.5, weights="two")
+    assert "m: m was trained again between its runs" in notes_of(tmp_path)
+
+
+def test_intervals_are_said_to_be_given_the_one_teacher(tmp_path):
+    for seed in range(3):
+        write_pretrained(tmp_path, "entropy", seed, teacher="one")
+        write_pretrained(tmp_path, "random", seed, teacher=None)
+    assert any("share one teacher" in note for note in notes_of(tmp_path))
+    for seed in range(3):
+        write_pretrained(tmp_path, "entropy", seed, teacher=f"of seed {seed}")
+    assert not any("teacher" in note for note in notes_of(tmp_path))
+    write_pretrained(tmp_path, "random", 2, teacher="another")
+    assert any("had different teachers for seed 2" in note for note in notes_of(tmp_path))
+
+
+def test_runs_of_an_earlier_version_still_read_and_are_noted(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "random@runs/{masking}-{seed}", seed, 0.5, model=f"runs/random-{seed}",
+                  name=f"{seed}")
+    report = stats.analyse(tmp_path)
+    (cell,) = report["cells"]
+    assert (cell["model"], cell["strategy"], cell["seeds"]) == ("runs/{masking}-{seed}", "random", [0, 1])
+    assert any("2 runs are of an earlier version" in note for note in report["notes"])
+
+
+def test_a_collapsed_run_is_named(tmp_path):
+    dev = {"predictions": [0, 0, 0], "labels": [0, 1, 0]}
+    write_run(tmp_path, "random", 0, 0.0, dev=dev)
+    write_run(tmp_path, "random", 1, 0.0, collapsed=True)
+    write_run(tmp_path, "random", 2, 0.0, dev=dev | {"predictions": [0, 1, 0]})
+    found = [note for note in notes_of(tmp_path) if "collapsed" in note]
+    assert [note.split()[0] for note in found] == ["cola-m-random-0", "cola-m-random-1"]
+
+
+def test_the_share_really_masked_stands_beside_the_comparison(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "random", seed, 0.5, adaptation={"masked": 0.30 + 0.002 * seed})
+        write_run(tmp_path, "typhoon", seed, 0.6 + seed / 10, adaptation={"masked": 0.25})
+        write_run(tmp_path, "none", seed, 0.6, adaptation=None)
+    text = stats.write_report(tmp_path)
+    assert "| typhoon − random | 2 | 25.00%, 30.10% |" in text
+    assert "| random − none | 2 | 30.10%, n/a |" in text
+
+
+def test_one_metric_is_compared_where_asked(tmp_path):
+    dev = {"predictions": [1, 1, 0, 0], "labels": [1, 0, 1, 1]}
+    for strategy, seed in product(("random", "typhoon"), range(3)):
+        values = {"f1": 0.5 + 0.1 * seed * (strategy == "typhoon"), "accuracy": 0.25}
+        write_run(tmp_path, strategy, seed, 0, task="mrpc", last=values, best=values, dev=dev,
+                  baseline={"f1": 0.8, "accuracy": 0.6})
+    write_cells(tmp_path, random=[0.5], typhoon=[0.5])
+    report = stats.analyse(tmp_path, metric="f1")
+    (pair,) = report["pairs"]
+    assert pair["task"] == "mrpc" and pair["mean"] == pytest.approx(0.1)
+    assert report["constants"]["mrpc"]["score"] == 0.8
+    assert "cola has no f1 and is left out" in report["notes"]
+    rows = stats.read_rows(tmp_path, "last", "f1")[0]
+    stats.resample(rows, "f1", 500)
+    assert rows[0].resampled.mean() == pytest.approx(0.4, abs=0.05)  # 2 TP / (2 TP + FP + FN) = 2/5
+    with pytest.raises(InputError, match="--metric pearson: no task here has it: choose from"):
+        stats.analyse(tmp_path, metric="pearson")
+
+
+def test_both_accuracies_of_mnli_are_one_metric():
+    assert stats.score("mnli", {"accuracy": 0.6, "accuracy_mm": 0.8}, "accuracy") == pytest.approx(0.7)
+    assert stats.score("mrpc", {"f1": 0.6, "accuracy": 0.8}, None) == pytest.approx(0.7)
+
+
+def test_the_family_is_the_comparisons_with_one_strategy_where_asked(tmp_path):
+    """[T]'s 12: 2 tasks, 3 models, 2 baselines."""
+    names = ("random", "whole-word", "typhoon")
+    for task, model, strategy, seed in product(("cola", "rte"), "abc", names, range(2)):
+        metric = "matthews" if task == "cola" else "accuracy"
+        write_run(tmp_path, strategy, seed, 0, task=task, model=model,
+                  last={metric: 0.5 + seed * names.index(strategy) / 10}, best={metric: 0.5})
+    pairs = stats.analyse(tmp_path, against="typhoon")["pairs"]
+    assert len(pairs) == 12 and all(pair["strategy"] == "typhoon" for pair in pairs)
+    assert pairs[0]["holm_p"] == pytest.approx(min(1, 12 * pairs[0]["p"]))
+    assert len(stats.analyse(tmp_path)["pairs"]) == 27
+    with pytest.raises(InputError, match="--against entropy: .* has no such strategy, but random"):
+        stats.analyse(tmp_path, against="entropy")
+
+
+# --- the exam as a task --------------------------------------------------------------------------
+
+def exam(strategy="random", seed=0, right=((3, 1, 0), (1, 1, 2)), **fields):
+    """An exam.json of two held-out windows, ten positions each."""
+    count, log_likelihood = [[4, 3, 3], [4, 3, 3]], [-20.0, -30.0]
+    last = stats.train.exam_metrics(*map(np.array, (right, count, log_likelihood)))
+    return {"task": "mlm", "model": f"runs/{strategy}-{seed}", "strategy": strategy, "pattern": None,
+            "seed": seed, "args": {"steps": 10}, "versions": {}, "last": last,
+            "baseline": dict.fromkeys(stats.EXAM, 0.1), "masked": 0.15, "seconds": 9.0,
+            "weights": None, "pretraining": {"steps": 10},
+            "dev": {"right": right, "count": count, "log_likelihood": log_likelihood}} | fields
+
+
+def write_exam(folder, *arguments, **fields):
+    found = exam(*arguments, **fields)
+    (folder / f"mlm-{found['strategy']}-{found['seed']}.json").write_text(json.dumps(found))
+
+
+def test_the_exam_is_compared_by_its_accuracy_and_shows_its_bands(tmp_path):
+    for seed, more in product(range(3), (0, 1)):
+        strategy = ("random", "entropy")[more]
+        right = [[3, 1, more], [1, 1 + (seed > 0), 2 + more]]
+        write_exam(tmp_path, strategy, seed, right, pattern="runs/{masking}-{seed}",
+                   weights=f"{strategy}{seed}")
+    report = stats.analyse(tmp_path)
+    (pair,) = report["pairs"]
+    assert (pair["task"], pair["strategy"], pair["n"], pair["masked"]) == ("mlm", "entropy", 3, 0.15)
+    assert pair["mean"] == pytest.approx(2 / 20)  # two more right of twenty positions
+    assert pair["bootstrap_low"] == pytest.approx(0.1) == pair["bootstrap_high"]  # one a window
+    text = stats.to_markdown(report)
+    assert "| strategy | n | accuracy | common | middle | rare | log_likelihood |" in text
+    assert "| frequency alone |  | 0.1000 |" in text and "no GLUE" not in text
+    assert stats.analyse(tmp_path, metric="rare")["pairs"][0]["mean"] == pytest.approx(2 / 6)
+
+
+def test_windows_are_drawn_whole_and_the_score_is_a_ratio_of_sums():
+    """One window with 9 of 10 right, one with 0 of 2: 9/10, 9/12 or 0/2, in shares of 1, 2, 1."""
+    run = exam(right=[[3, 3, 3], [0, 0, 0]])
+    run["dev"]["count"] = [[4, 3, 3], [1, 1, 0]]
+    scores = stats.resampled_task_scores(run, None, 400)
+    values, counts = np.unique(scores.round(6), return_counts=True)
+    assert values.tolist() == [0, 0.75, 0.9]
+    assert counts / 400 == pytest.approx([0.25, 0.5, 0.25], abs=0.08)
+
+
+def test_the_mean_over_tasks_leaves_the_exam_out(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "random", seed, 0.5)
+        write_run(tmp_path, "random", seed, 0, task="rte", last={"accuracy": 0.7},
+                  best={"accuracy": 0.7})
+        write_exam(tmp_path, "random", seed, model="m")
+    cells = stats.analyse(tmp_path)["cells"]
+    assert [cell["task"] for cell in cells] == ["cola", "mlm", "rte", "mean of 2 tasks"]
+    assert cells[-1]["metrics"]["score"][0] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("dev", [
+    None, {}, {"right": [[1, 1]], "count": [[1, 1]], "log_likelihood": [1]},
+    {"right": [[1, 1, 1]], "count": [[1, 1, 1]], "log_likelihood": [1, 2]},
+    {"right": [[1, 1, 1], [1]], "count": [[1, 1, 1], [1, 1, 1]], "log_likelihood": [1, 2]}])
+def test_a_damaged_exam_is_named(tmp_path, dev):
+    write_exam(tmp_path, "random", 0, dev=dev)
+    write_exam(tmp_path, "random", 1)
+    assert any("random-0.json is left out: its dev predictions are damaged" in note
+               for note in notes_of(tmp_path))
+
+
 def test_the_best_epoch_is_reported_on_demand_and_called_optimistic(tmp_path):
     dev = {"predictions": [0, 1, 1], "labels": [0, 1, 0]}
     for seed, best in enumerate((0.7, 0.8)):
@@ -400,14 +621,15 @@ def test_the_multi_bootstrap_of_a_report_is_left_out_where_dev_sets_differ(tmp_p
     assert math.isfinite(stats.analyse(tmp_path)["pairs"][0]["bootstrap_low"])
     write_run(tmp_path, "typhoon", 2, 0.2, dev=dev | {"labels": [0, 1, 0, 0]})
     report = stats.analyse(tmp_path)
-    assert math.isnan(report["pairs"][0]["bootstrap_low"]) and "no multi-bootstrap" in report["notes"][0]
+    assert math.isnan(report["pairs"][0]["bootstrap_low"])
+    assert any("no multi-bootstrap" in note for note in report["notes"])
 
 
 def test_both_dev_sets_of_mnli_are_resampled():
     labels = [0, 1, 2] * 30
     run = {"task": "mnli", "dev": {"predictions": labels, "labels": labels},
            "dev_mismatched": {"predictions": [0] * 90, "labels": labels}}
-    scores = stats.resampled_task_scores(run, 200)
+    scores = stats.resampled_task_scores(run, None, 200)
     assert scores.mean() == pytest.approx((1 + 1 / 3) / 2, abs=0.01) and scores.std() > 0
 
 
@@ -422,7 +644,7 @@ def test_the_forest_plot_puts_zero_mean_and_interval_where_they_are():
 # --- the sweep -------------------------------------------------------------------------------------------------------
 
 FAKE_GLUE = """
-import json, os, sys, time
+import hashlib, json, os, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 with open(os.path.join(os.path.dirname(__file__), "started"), "a") as file:
     file.write(options["--json"] + "\\n")
@@ -430,8 +652,12 @@ time.sleep(0.03)
 if options["--seed"] == options.get("--fail"):
     sys.exit("first line\\nout of luck\\n")
 strategy = options.get("--label", options.get("--adapt", "none"))
-run = {"task": options["--task"], "model": options["--model"], "strategy": strategy, "seed": int(options["--seed"]),
-       "args": {}, "seconds": 60, "last": {"matthews": 0.5}, "best": {"epoch": 1, "matthews": 0.5}}
+run = {"task": options["--task"], "model": options["--model"], "strategy": strategy,
+       "pattern": options.get("--pattern"), "seed": int(options["--seed"]), "args": {}, "seconds": 60,
+       "last": {"matthews": 0.5}, "best": {"epoch": 1, "matthews": 0.5}}
+weights = os.path.join(options["--model"], "model.safetensors")
+if os.path.exists(weights):
+    run["weights"] = hashlib.sha256(open(weights, "rb").read()).hexdigest()
 with open(options["--json"] + ".tmp", "w") as file:
     json.dump(run, file)
 os.replace(options["--json"] + ".tmp", options["--json"])
@@ -454,25 +680,27 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.json")}
 
 
-GRID = stats.plan(["cola"], ["m"], ["random", "typhoon"], list(range(10)))
+GRID = stats.plan(tasks=["cola"], models=["m"], strategies=["random", "typhoon"],
+                  seeds=list(range(10)))
 
 
 def test_a_sweep_writes_one_file_a_run_and_then_has_nothing_to_do(tmp_path, fake_glue):
-    assert stats.sweep(GRID, tmp_path / "out", parallel=2, script=fake_glue) == 0
+    assert stats.sweep(GRID, tmp_path / "out", parallel=2, script=fake_glue) == []
     assert sorted(contents(tmp_path / "out")) == sorted(f"cola--m--{s}--{i}.json" for s in ("random", "typhoon")
                                                         for i in range(10))
-    assert stats.sweep(GRID, tmp_path / "out", script=fake_glue) == 0
+    assert stats.sweep(GRID, tmp_path / "out", script=fake_glue) == []
     assert len(started(fake_glue)) == 20
 
 
 def test_a_failed_run_is_recorded_and_tried_again_and_stops_no_other(tmp_path, fake_glue):
     out = tmp_path / "out"
-    assert stats.sweep(GRID, out, ["--fail", "3"], parallel=2, script=fake_glue) == 2
+    failures = stats.sweep(GRID, out, extra=["--fail", "3"], parallel=2, script=fake_glue)
+    assert failures == ["out of luck"] * 2
     assert len(contents(out)) == 20
     error = json.loads((out / "cola--m--random--3.error.json").read_text())
     assert error["error"] == "out of luck" and error["returncode"] == 1 and "--fail" in error["command"]
-    assert "cola--m--random--3 failed" in stats.read_runs(out)[1]
-    assert stats.sweep(GRID, out, script=fake_glue) == 0
+    assert "cola--m--random--3 failed" in stats.read_rows(out, "last", None)[1]
+    assert stats.sweep(GRID, out, script=fake_glue) == []
     assert len(contents(out)) == 20 and not list(out.glob("*.error.json"))
 
 
@@ -481,19 +709,21 @@ def test_an_unreadable_result_is_made_again_and_what_a_killed_write_left_is_remo
     broken.parent.mkdir()
     broken.write_text('{"task": "co')
     (broken.parent / ".cola--m--random--3.json.x1y2").write_text("half a fi")
-    assert stats.sweep(GRID, tmp_path / "out", script=fake_glue) == 0
+    assert stats.sweep(GRID, tmp_path / "out", script=fake_glue) == []
     assert json.loads(broken.read_text())["seed"] == 3 and len(list(broken.parent.iterdir())) == 20
 
 
 def test_ten_sigkills_lose_nothing_but_the_runs_in_flight(tmp_path, fake_glue):
     """The sweep alone is killed, as a process that runs out of memory is; what it started ends by itself."""
-    grid = stats.plan(["cola"], ["m"], ["random", "typhoon"], list(range(20)))
+    grid = stats.plan(tasks=["cola"], models=["m"], strategies=["random", "typhoon"],
+                      seeds=list(range(20)))
     stats.sweep(grid, tmp_path / "unbroken", parallel=2, script=fake_glue)
     (fake_glue.parent / "started").unlink()
     out, pause, fork = tmp_path / "out", random.Random(0), multiprocessing.get_context("fork")
     for _ in range(10):
         before = contents(out)
-        process = fork.Process(target=stats.sweep, args=(grid, out, [], 2, (), fake_glue))
+        process = fork.Process(target=stats.sweep, args=(grid, out),
+                               kwargs={"parallel": 2, "script": fake_glue})
         process.start()
         time.sleep(pause.uniform(0.03, 0.15))
         process.kill()
@@ -501,7 +731,7 @@ def test_ten_sigkills_lose_nothing_but_the_runs_in_flight(tmp_path, fake_glue):
         assert process.exitcode == -signal.SIGKILL  # it was in the middle of it
         assert before.items() <= contents(out).items()
     time.sleep(0.5)
-    assert stats.sweep(grid, out, parallel=2, script=fake_glue) == 0
+    assert stats.sweep(grid, out, parallel=2, script=fake_glue) == []
     assert contents(out) == contents(tmp_path / "unbroken") and len(contents(out)) == len(list(out.iterdir()))
     assert len(started(fake_glue)) <= len(grid) + 10 * 2
 
@@ -519,6 +749,176 @@ def test_sigterm_ends_the_runs_in_flight_too(tmp_path, fake_glue, monkeypatch):
     assert process.exitcode == 143  # it waits for its children: were they alive, this would take 30 s
 
 
+def is_running(pid):
+    """A killed process whose parent is gone may stay as a zombie where nothing collects those."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip() not in ("", "Z")
+
+
+def test_kill_9_of_a_sweep_ends_its_children(tmp_path, fake_glue):
+    fake_glue.write_text(FAKE_GLUE.replace("time.sleep(0.03)", """
+with open(os.path.join(os.path.dirname(__file__), "pids"), "a") as file:
+    file.write(f"{os.getpid()}\\n")
+time.sleep(60)"""))
+    process = multiprocessing.get_context("fork").Process(
+        target=stats.sweep, args=(GRID, tmp_path / "out"),
+        kwargs={"parallel": 2, "script": fake_glue})
+    process.start()
+    pids = fake_glue.parent / "pids"
+    while not pids.exists() or len(pids.read_text().splitlines()) < 2:
+        time.sleep(0.05)
+    children = pids.read_text().split()
+    assert len(children) == 2 and all(map(is_running, children))
+    process.kill()
+    process.join()
+    deadline = time.time() + 10
+    while any(map(is_running, children)) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, children))
+
+
+def test_a_common_reason_of_failures_is_said_once(tmp_path, fake_glue, monkeypatch):
+    sweep = partial(stats.sweep, script=fake_glue)
+    monkeypatch.setattr(stats, "sweep", lambda *args, extra, **options: sweep(
+        *args, extra=["--fail", "3"], **options))
+    with pytest.raises(RunError) as error:
+        stats.main(["sweep", "--tasks", "cola", "--models", "m", "--strategies", "random", "typhoon",
+                    "--seeds", "1", "3", "--out", str(tmp_path / "out")])
+    assert str(error.value).startswith("2 failed: 2 × out of luck. ")
+
+
+def test_a_finished_run_of_other_options_is_refused_by_name(tmp_path):
+    arguments = ["--epochs", "2", "--lr", "0.1"]
+    cell = ["sweep", "--tasks", "cola", "--models", "m", "--strategies", "none", "--seeds", "0",
+            "--out", str(tmp_path), "--dry-run", "--"]
+    write_run(tmp_path, "none", 0, 0.5, name="cola--m--none--0",
+              args=vars(stats.glue.parse_args(["--task", "cola", "--model", "m", *arguments])))
+    stats.main([*cell, *arguments])
+    with pytest.raises(InputError, match="cola--m--none--0.json was made with --lr 0.1, and this "
+                                         "sweep asks for 0.2: remove it"):
+        stats.main([*cell, "--epochs", "2", "--lr", "0.2"])
+
+
+def test_a_result_whose_model_was_trained_again_is_made_again(tmp_path, fake_glue, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretrained("runs/random-0")
+    grid = stats.plan(tasks=["cola"], models=["runs/{masking}-{seed}"], strategies=["random"],
+                      seeds=[0])
+    for _ in range(2):
+        assert stats.sweep(grid, Path("out"), script=fake_glue) == []
+    assert len(started(fake_glue)) == 1
+    Path("runs/random-0/model.safetensors").write_text("retrained in place")
+    assert [len(part) for part in stats.finished_runs(grid, Path("out"))] == [0, 1]
+    assert stats.sweep(grid, Path("out"), script=fake_glue) == []
+    assert len(started(fake_glue)) == 2
+    assert stats.finished_runs(grid, Path("out"))[1] == []
+
+
+def test_a_finished_run_whose_model_was_pretrained_otherwise_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = stats.plan(tasks=["cola"], models=["runs/{masking}-{seed}"], strategies=["random"],
+                      seeds=[0])
+    done = {runs[0]: {"pretraining": {"steps": 60, "masking": "random", "seed": 0}}}
+    assert stats.pretraining_jobs(runs, Path("o"), extra=["--steps", "60"], done=done)
+    with pytest.raises(InputError, match="the model of cola--runs-masking-seed--random--0.json was "
+                                         "made with --steps 60, and this sweep asks for 100"):
+        stats.pretraining_jobs(runs, Path("o"), extra=["--steps", "100"], done=done)
+
+
+# --- pretraining in a sweep ----------------------------------------------------------------------
+
+FAKE_TRAIN = """
+import json, os, sys, time
+import numpy as np
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+log = os.path.join(os.path.dirname(__file__), "log")
+def note(what):
+    with open(log, "a") as file:
+        file.write(f"{what} {options['--out']} {os.environ['OMP_NUM_THREADS']}\\n")
+note("begin")
+time.sleep(0.5)
+os.makedirs(options["--out"])
+seed = int(options["--seed"])
+exam = json.loads(os.environ["EXAM"]) | {"strategy": "?", "model": "?", "seed": seed}
+exam["last"]["accuracy"] += seed / 10 + len(options["--masking"]) / 100
+with open(os.path.join(options["--out"], "exam.json"), "w") as file:
+    json.dump(exam, file)
+with open(os.path.join(options["--out"], "model.safetensors"), "w") as file:
+    file.write(" ".join(sys.argv))
+note("end")
+"""
+
+
+@pytest.fixture
+def fake_train(tmp_path, monkeypatch):
+    script = tmp_path / "fake" / "train.py"
+    script.parent.mkdir()
+    script.write_text(FAKE_TRAIN)
+    monkeypatch.setattr(stats, "HERE", script.parent)
+    monkeypatch.setenv("EXAM", json.dumps(exam()))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(stats.os, "cpu_count", lambda: 6)
+    monkeypatch.chdir(tmp_path)
+    return script.parent / "log"
+
+
+MLM = ["sweep", "--tasks", "mlm", "--models", "runs/{masking}-{seed}", "--seeds", "0", "1", "--out", "out"]
+
+
+def test_the_exam_is_swept_and_reported_with_a_strategy_and_an_arm_of_ones_own(fake_train, capsys):
+    Path("mine.py").write_text("from masking import Random\nclass Rarest(Random):\n    pass\n")
+    arguments = [*MLM, "--strategies", "random", "entropy", "mine.py:Rarest", "--jobs", "3",
+                 "--arm", "seen=--masking entropy --entropy-input visible",
+                 "--pretrain", "--steps 7"]
+    stats.main(arguments)
+    files = sorted(path.name for path in Path("out").iterdir())
+    assert files == [f"mlm--runs-masking-seed--{label}--{seed}.json"
+                     for label in ("Rarest", "entropy", "random", "seen") for seed in range(2)]
+    result = json.loads(Path("out", files[-1]).read_text())
+    assert (result["model"], result["strategy"], result["pattern"], result["seed"]) == (
+        "runs/seen-1", "seen", "runs/{masking}-{seed}", 1)
+    command = Path("runs/seen-1/model.safetensors").read_text()
+    assert command.endswith("--steps 7 --masking entropy --entropy-input visible --seed 1 --out runs/seen-1")
+    assert result["weights"] == stats.weights_digest("runs/seen-1")
+    log = fake_train.read_text().splitlines()
+    assert log[:2] == ["begin runs/entropy-0 6", "end runs/entropy-0 6"]  # it trains the teacher
+    assert all(line.endswith(" 2") for line in log[2:])  # three at once share six cores
+    assert [line.split()[0] for line in log[2:5]] == ["begin"] * 3
+    stats.main(arguments)  # nothing is left to do
+    assert len(fake_train.read_text().splitlines()) == len(log)
+    stats.main(["report", "out"])
+    assert "| seen − entropy | 2 | 15.00%, 15.00% |" in capsys.readouterr().out
+
+
+def test_a_seed_in_the_options_makes_the_teacher_vary(fake_train):
+    runs = stats.plan(tasks=["mlm"], models=["runs/{masking}-{seed}"], seeds=[0, 1],
+                      strategies=["random", "entropy", "entropy-kd"])
+    jobs = stats.pretraining_jobs(runs, Path("out"), extra=["--lr", "0.{seed}1"])
+    assert [job.command[3] for job in jobs] == ["0.01"] * 3 + ["0.11"] * 3
+    assert [job.alone for job in jobs] == [False, True, False] * 2  # two teachers
+    jobs = stats.pretraining_jobs(runs, Path("out"))
+    assert [job.alone for job in jobs] == [False, True, False] + [False] * 3
+
+
+def test_a_dry_run_of_pretraining_lists_the_models_and_downloads_no_corpus(fake_train, monkeypatch,
+                                                                         capsys):
+    monkeypatch.setattr(stats.train, "corpus_files", lambda _: pytest.fail("it would download"))
+    stats.main([*MLM, "--strategies", "random", "--pretrain", "--corpus wikitext-2", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["pretrain  runs/random-0", "pretrain  runs/random-1"]
+    assert lines[-1].startswith("2 of 2 runs to do") and "download" not in str(lines)
+    assert not Path("out").exists() and not Path("runs").exists()
+
+
+def test_an_exam_that_is_missing_is_refused_or_a_failure(fake_train):
+    pretrained("runs/random-0")
+    with pytest.raises(InputError, match="runs/random-0 has no exam.json"):
+        stats.main([*MLM, "--strategies", "random", "--seeds", "0"])
+    runs = stats.plan(tasks=["mlm"], models=["runs/{masking}-{seed}"], seeds=[0],
+                      strategies=["random"])
+    assert stats.sweep(runs, Path("out")) == ["runs/random-0/exam.json is not there, or damaged"]
+
+
 def test_the_shards_of_a_sweep_are_the_grid_each_run_once():
     def shard(text):
         return stats.grid(stats.parse_args(["sweep", "--preset", "typhoon"] + (["--shard", text] if text else [])))
@@ -531,74 +931,94 @@ def test_the_shards_of_a_sweep_are_the_grid_each_run_once():
 def test_the_typhoon_preset_is_the_papers_grid():
     runs = stats.plan(**stats.PRESETS["typhoon"])
     assert len(runs) == 90
-    scores = {(task, model): {strategy: {0: 0.0} for strategy in stats.PRESETS["typhoon"]["strategies"]}
-              for task, model in {(run.task, run.model) for run in runs}}
-    pairs = stats.compare_all(scores, {}, [])
-    assert sum(pair["strategy"] == "typhoon" for pair in pairs) == 12
+    rows = [stats.Row(run.task, run.model, run.strategy, run.seed, 0.0) for run in runs]
+    assert len(stats.compare_all(rows, [], against="typhoon")) == 12
 
 
 def test_the_entropy_preset_pretrains_18_models_and_labels_their_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = stats.plan(**stats.PRESETS["entropy"])
-    jobs = stats.pretraining_jobs(runs, Path("runs/entropy"), ["--steps", "10"])
+    jobs = stats.pretraining_jobs(runs, Path("runs/entropy"), extra=["--steps", "10"])
     assert len(runs) == 9 * 18 and len(jobs) == 18
     command = next(job.command for job in jobs if job.output == Path("runs/self-entropy-kd-2/model.safetensors"))
-    assert command[2:] == ["--masking", "self-entropy", "--kd-weight", "0.5", "--seed", "2",
-                           "--out", "runs/self-entropy-kd-2", "--steps", "10"]
+    assert command[2:] == ["--steps", "10", "--masking", "self-entropy", "--kd-weight", "0.5",
+                           "--seed", "2", "--out", "runs/self-entropy-kd-2"]
     run = next(run for run in runs if run.strategy == "self-entropy-kd" and run.seed == 2 and run.task == "rte")
     command = run.command(Path("out.json"), ["--epochs", "2"], Path("glue.py"))
-    assert command[1:] == ["glue.py", "--task", "rte", "--model", "runs/self-entropy-kd-2", "--seed", "2", "--json",
-                           "out.json", "--label", "self-entropy-kd@runs/{masking}-{seed}", "--epochs", "2"]
+    assert command[1:] == [
+        "glue.py", "--task", "rte", "--model", "runs/self-entropy-kd-2", "--seed", "2",
+        "--json", "out.json", "--pattern", "runs/{masking}-{seed}", "--label", "self-entropy-kd",
+        "--epochs", "2"]
+
+
+def pretrained(checkpoint, *options, weights="weights", **fields):
+    """A directory as train.py leaves it; without weights as an interrupted run leaves it."""
+    folder = Path(checkpoint)
+    folder.mkdir(parents=True)
+    settings = vars(stats.train.parse_args(list(options))) | fields
+    (folder / "train_args.json").write_text(json.dumps(settings))
+    if weights:
+        (folder / "model.safetensors").write_text(f"{checkpoint} {weights}")
+    return settings
+
+
+def pretraining_commands(strategies, seeds, **options):
+    runs = stats.plan(tasks=["cola"], models=["runs/{masking}-{seed}"], strategies=strategies,
+                      seeds=seeds)
+    return [job.command[2:] for job in stats.pretraining_jobs(runs, Path("out"), **options)]
 
 
 def test_a_finished_model_is_not_pretrained_again_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, file in (("random-0", "model.safetensors"), ("random-1", "train_args.json")):
-        (Path("runs") / name).mkdir(parents=True)
-        (Path("runs") / name / file).write_text("{}")
-    monkeypatch.setattr(stats.train, "parse_args", lambda options: None)
-    runs = stats.plan(["cola"], ["runs/{masking}-{seed}"], ["random"], [0, 1, 2])
-    commands = [job.command for job in stats.pretraining_jobs(runs, Path("out"), [])]
-    assert [command[-2:] for command in commands] == [["--resume", "runs/random-1"], ["--out", "runs/random-2"]]
+    pretrained("runs/random-0")
+    pretrained("runs/random-1", "--seed", "1", weights="")
+    commands = pretraining_commands(["random"], [0, 1, 2])
+    assert [command[-2:] for command in commands] == [["--resume", "runs/random-1"],
+                                                      ["--out", "runs/random-2"]]
 
 
-def test_a_finished_model_of_another_seed_is_no_run_of_the_grid(tmp_path, monkeypatch):
+@pytest.mark.parametrize("made_with, asked_for, said", [
+    (["--steps", "60"], ["--steps", "100"], "--steps 60, and this sweep asks for 100"),
+    (["--seed", "5"], [], "--seed 5, and this sweep asks for 0"),
+    (["--masking", "typhoon"], [], "--masking typhoon, and this sweep asks for random"),
+    (["--mask-rate", "0.4"], [], "--mask-rate 0.4, and this sweep asks for 0.15")])
+def test_a_model_that_was_pretrained_otherwise_is_no_run_of_the_grid(tmp_path, monkeypatch, made_with,
+                                                                     asked_for, said):
     monkeypatch.chdir(tmp_path)
-    Path("runs/random-2").mkdir(parents=True)
-    settings = stats.train.parse_args([])
-    Path("runs/random-2/train_args.json").write_text(json.dumps(vars(settings)))
-    Path("runs/random-2/model.safetensors").write_text("")
-    runs = stats.plan(["cola"], ["runs/{masking}-{seed}"], ["random"], [2])
-    with pytest.raises(InputError, match="--seed is 2, but runs/random-2 was started with 0"):
-        stats.pretraining_jobs(runs, Path("out"), [])
+    pretrained("runs/random-0", *made_with)
+    with pytest.raises(InputError, match="runs/random-0 was made with " + said):
+        pretraining_commands(["random"], [0], extra=asked_for)
 
 
 def test_a_pattern_is_one_model_in_the_report(tmp_path, fake_glue):
-    runs = stats.plan(["cola"], ["runs/{masking}-{seed}"], ["random", "entropy"], [0, 1])
+    runs = stats.plan(tasks=["cola"], models=["runs/{masking}-{seed}"], strategies=["random", "entropy"], seeds=[0, 1])
     stats.sweep(runs, tmp_path / "out", parallel=2, script=fake_glue)
     (pair,) = stats.analyse(tmp_path / "out")["pairs"]
     assert (pair["model"], pair["strategy"], pair["n"]) == ("runs/{masking}-{seed}", "entropy", 2)
 
 
 def test_adaptation_strategies_go_to_adapt_and_none_adapts_nothing():
-    random_run, none = stats.plan(["cola"], ["bert-base-uncased"], ["random", "none"], [0])
+    random_run, none = stats.plan(tasks=["cola"], models=["bert-base-uncased"], strategies=["random", "none"], seeds=[0])
     assert random_run.command(Path("o"), [], Path("g"))[-2:] == ["--adapt", "random"]
     assert "--adapt" not in none.command(Path("o"), [], Path("g"))
 
 
 def test_a_dry_run_lists_and_estimates_and_writes_nothing(tmp_path, capsys):
-    write_run(tmp_path, "random", 0, 0.5, name="cola--m--random--0", seconds=90)
+    write_run(tmp_path, "random", 0, 0.5, name="cola--m--random--0", seconds=90,
+              args={"adapt": "random"})
     stats.main(["sweep", "--tasks", "cola", "--models", "m", "--strategies", "random", "typhoon", "--seeds", "0", "1",
-                "2", "--out", str(tmp_path), "--jobs", "2", "--dry-run"])
+                "2", "--out", str(tmp_path), "--jobs", "2", "--dry-run", "--", "--data-dir", "nowhere"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "done      cola--m--random--0" and lines[1] == "missing   cola--m--typhoon--0"
+    assert lines[6] == "download  m, from the hub: there is no such directory here"
+    assert lines[7] == "download  the data of cola, which are not in nowhere"
     assert lines[-1] == "5 of 6 runs to do: about 4 minutes with --jobs 2, from 1 finished runs"  # 5 × 90 s / 2
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_estimate_takes_runs_of_the_same_task_and_model_where_it_can():
     finished = [{"task": "cola", "model": "m", "seconds": 10}, {"task": "rte", "model": "m", "seconds": 30}]
-    missing = stats.plan(["cola", "sst2"], ["m"], ["none"], [0])
+    missing = stats.plan(tasks=["cola", "sst2"], models=["m"], strategies=["none"], seeds=[0])
     assert stats.estimate(missing, finished) == 10 + 20
     assert math.isnan(stats.estimate(missing, []))
 
@@ -610,31 +1030,41 @@ CELL = ["--tasks", "cola", "--models", "m", "--strategies", "random"]
 
 @pytest.mark.parametrize("arguments, said", [
     (["report", "nowhere"], "nowhere holds no finished run"),
-    (["report", ".", "--effect", "0"], "--effect 0.0"),
-    (["report", ".", "--effect", "nan"], "--effect nan"),
+    (["report", ".", "--effect", "0"], "--effect: 0 is not above 0"),
+    (["report", ".", "--effect", "nan"], "--effect: nan is not above 0"),
     (["sweep"], "--tasks and --models and --strategies missing"),
-    (["sweep", *CELL, "--jobs", "0"], "--jobs 0"),
+    (["sweep", *CELL, "--jobs", "0"], "--jobs: 0 is not at least 1"),
     (["sweep", *CELL, "--shard", "0/4"], "--shard 0/4"),
     (["sweep", *CELL, "--shard", "5/4"], "--shard 5/4"),
     (["sweep", *CELL, "--shard", "2"], "--shard 2"),
-    (["sweep", *CELL, "--tasks", "cloa"], "--task cloa is wrong: it must be one of cola"),
-    (["sweep", *CELL, "--strategies", "rnadom"], "--adapt rnadom is wrong"),
+    (["sweep", *CELL, "--tasks", "cloa"], "--tasks: invalid choice: 'cloa'"),
+    (["sweep", *CELL, "--strategies", "rnadom"], "rnadom"),
     (["sweep", *CELL, "--models", "runs/{mask}"], "no other brace"),
     (["sweep", *CELL, "--models", "a/b", "a-b"], "both write cola--a-b--random--0.json"),
     (["sweep", *CELL, "--models", "runs/{masking}"], "runs/random is not there"),
+    (["sweep", *CELL, "--models", "runs/x/y"], "runs/x/y is not there"),
+    (["sweep", *CELL, "--models", "runs/x/y", "--dry-run"], "runs/x/y is not there"),
+    (["sweep", *CELL, "--tasks", "mlm"], "--tasks mlm compares pretraining"),
+    (["sweep", *CELL, "--arm", "random=--masking random"], "--arm: 'random=--masking random' is not"),
+    (["sweep", *CELL, "--arm", "x"], "--arm: 'x' is not NAME='OPTIONS'"),
+    (["sweep", "--preset", "entropy", "--arm", "x='", "--pretrain"], "No closing quotation"),
+    (["sweep", "--preset", "entropy", "--arm", "x=--seed 3", "--pretrain"], "--seed is set by the sweep"),
+    (["sweep", "--preset", "entropy", "--strategies", "no.py:X", "--pretrain"], "no.py:X"),
     (["sweep", *CELL, "--models", "runs/{masking}", "--strategies", "a b"], "--strategies a b"),
-    (["sweep", *CELL, "--", "--epochs", "0"], "--epochs 0 is wrong"),
+    (["sweep", *CELL, "--", "--epochs", "0"], "--epochs"),
     (["sweep", *CELL, "--", "--seed=3"], "--seed is set by the sweep"),
     (["sweep", "--preset", "entropy", "--strategies", "x", "--pretrain"], "--pretrain knows no strategy x"),
     (["sweep", "--preset", "entropy", "--pretrain", "--out x"], "--out is set by the sweep"),
-    (["sweep", "--preset", "entropy", "--pretrain", "--steps 0"], "--steps 0"),
+    (["sweep", "--preset", "entropy", "--pretrain", "--steps 0"], "--steps"),
     (["sweep", "--preset", "entropy", "--pretrain", "--shard", "1/2"], "first sweep --pretrain, then the shards")])
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, arguments, said):
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments,
+                                                         said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stats, "sweep", None)  # it would run for hours
-    with pytest.raises(InputError) as error:
+    with pytest.raises((InputError, SystemExit)) as error:
         stats.main(arguments)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    message = capsys.readouterr().err.rstrip("\n") or str(error.value)
+    assert said in message and "\n" not in message
     assert not list(tmp_path.iterdir())
 
 
