@@ -365,7 +365,7 @@ def local_start(model: nn.Module):
     scale = POSITION_SCALE * rms * math.sqrt(2)  # the waves' own rms is 1/√2, as sin² + cos² = 1
     embeddings.position_embeddings.weight.copy_(scale * waves)
     for layer in model.bert.layers:
-        layer.attention.query.weight *= QUERY_KEY_SCALE
+        layer.attention.query.weight.mul_(QUERY_KEY_SCALE)
         layer.attention.key.weight.copy_(layer.attention.query.weight)
 
 
