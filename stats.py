@@ -448,12 +448,6 @@ def teacher_notes(model: str, rows: list[Row]) -> list[str]:
     return []
 
 
-def collapsed(run: dict) -> bool:
-    """Whether a fine-tuned model gives the same answer to every dev example."""
-    answers = run.get("dev", {}).get("predictions", [])
-    return run.get("collapsed", len(answers) > 1 and len(set(answers)) == 1)
-
-
 def verdict(pairs: list[dict]) -> str:
     """One sentence. It claims a winner only where Holm's adjusted p is below 0.05, and else says
     what could have been found."""
@@ -782,7 +776,8 @@ def read_rows(folder: Path, epoch: str, metric: str | None) -> tuple[list[Row], 
             raise InputError(f"{claimed[cell]} and {path.name} both claim to be {cell}: remove one "
                              "of them")
         claimed[cell] = path.name
-        if collapsed(row.run):
+        given = row.run.get("dev", {}).get("predictions", [])
+        if row.run.get("collapsed", len(given) > 1 and len(set(given)) == 1):
             notes.append(f"{path.stem} collapsed: it gives every dev example the same answer")
         rows.append(row)
     if not rows:
@@ -1113,22 +1108,18 @@ def estimate(missing: list[Run], finished: list[dict]) -> float:
     return math.fsum(map(seconds, missing)) if finished else math.nan
 
 
-def dry_run(runs: list[Run], folder: Path, parallel: int, pretraining: list[Job], data_dir: str):
+def dry_run(runs: list[Run], folder: Path, parallel: int, pretraining: list[Job],
+            downloads: list[str]):
     """Prints every run with its state, what would be downloaded, and the time that is left."""
     done, outdated = finished_runs(runs, folder)
-    made = [str(job.output.parent) for job in pretraining]
-    for checkpoint in made:
-        print(f"pretrain  {checkpoint}")
+    for job in pretraining:
+        print(f"pretrain  {job.output.parent}")
     for run in runs:
         state = "failed" if (folder / f"{run.name}.error.json").exists() else "missing"
         state = "done" if run in done else "outdated" if run in outdated else state
         print(f"{state:8}  {run.name}")
-    for name in dict.fromkeys(run.checkpoint for run in runs):
-        if str(Path(name)) not in made and not Path(name).exists():
-            print(f"download  {name}, from the hub: there is no such directory here")
-    for task in dict.fromkeys(run.task for run in runs if run.task != "mlm"):
-        if not has_data(task, data_dir):
-            print(f"download  the data of {task}, which are not in {data_dir}")
+    for name in downloads:
+        print(f"download  {name}")
     missing = [run for run in runs if run not in done]
     time_left = "no estimate before the first run is finished"
     if done:
@@ -1247,19 +1238,22 @@ def grid(args) -> list[Run]:
     return runs[int(first) - 1::int(step)]
 
 
-def check_models(runs: list[Run], pretraining: list[Job]):
-    """Raises InputError on a model that is not there, nor will be made, nor can be a hub name."""
-    made = {str(job.output.parent) for job in pretraining}
+def check_models(runs: list[Run], pretraining: list[Job]) -> list[str]:
+    """The models that come from the hub. Raises InputError on one that is not there, nor will be
+    made, nor can be a hub name."""
+    made, from_hub = {str(job.output.parent) for job in pretraining}, {}
     for run in (run for run in runs if str(Path(run.checkpoint)) not in made):
         path = Path(run.checkpoint)
-        on_hub = run.checkpoint == run.model and len(path.parts) <= 2 \
-            and not Path(path.parts[0]).exists()
-        if not on_hub and not weights_now(run.checkpoint):
+        hub_name = run.checkpoint == run.model and len(path.parts) <= 2
+        if hub_name and not Path(path.parts[0]).exists():
+            from_hub[run.checkpoint] = None
+        elif not weights_now(run.checkpoint):
             raise InputError(f"{run.checkpoint} is not there, or has no weights: train.py --out "
                              f"{run.checkpoint} or --pretrain makes it")
         if run.task == "mlm" and not (path / "exam.json").exists():
             raise InputError(f"{run.checkpoint} has no exam.json, so an earlier version made it: "
                              "pretrain again, under another name")
+    return list(from_hub)
 
 
 def sweep_command(args):
@@ -1270,14 +1264,15 @@ def sweep_command(args):
     options_of("--", args.extra, "--task", "--model", "--seed", "--adapt", "--label", "--pattern",
                "--json")
     done, _ = finished_runs(runs, folder)
-    data_dir = ""
+    downloads = {}
     for run in (run for run in runs if run.task != "mlm"):
         command = run.command(folder / f"{run.name}.json", args.extra)
         asked = vars(glue.parse_args(command[2:]))
         defaults = vars(glue.parse_args(["--task", run.task, "--model", run.checkpoint]))
         if run in done:
             check_same(f"{folder / run.name}.json", done[run]["args"], asked, defaults)
-        data_dir = asked["data_dir"]
+        if not has_data(run.task, asked["data_dir"]):
+            downloads[f"the data of {run.task}, which are not in {asked['data_dir']}"] = None
     pretraining = []
     if args.pretrain is not None:
         if not any("{masking}" in run.model for run in runs):
@@ -1288,9 +1283,9 @@ def sweep_command(args):
         arms = {name: options_of("--arm", text, *taken) for name, text in args.arm}
         pretraining = pretraining_jobs(runs, folder, extra=options, arms=arms, done=done,
                                        check=not args.dry_run)
-    check_models(runs, pretraining)
+    models = check_models(runs, pretraining)
     if args.dry_run:
-        return dry_run(runs, folder, args.jobs, pretraining, data_dir)
+        return dry_run(runs, folder, args.jobs, pretraining, [*models, *downloads])
     # SIGTERM as an exception, so that run_jobs ends its processes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failures = sweep(runs, folder, extra=args.extra, parallel=args.jobs, pretraining=pretraining)
