@@ -448,15 +448,30 @@ def test_local_start_sets_sines_at_a_multiple_of_the_words_size(monkeypatch):
             assert waves[pos, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-4)
 
 
-def test_local_start_copies_the_query_matrix_and_leaves_all_else_untouched(monkeypatch):
+def test_local_start_makes_queries_and_keys_read_positions_and_little_of_the_words(monkeypatch):
+    """The tiny preset: 32 of 128 directions hold nearly all that tells two positions apart."""
     monkeypatch.setattr(implementation, "QUERY_KEY_SCALE", 1.5)
     plain, local = fresh(False).state_dict(), fresh(True).state_dict()
+    positions = local["bert.embeddings.position_embeddings.weight"][:128]
+    between = positions[1:] - positions[:-1]  # (127, H)
+    words = local["bert.embeddings.word_embeddings.weight"]  # (200, H)
+    for layer in (0, 1):
+        name = f"bert.layers.{layer}.attention.query.weight"
+        read, before = local[name], plain[name]
+        assert torch.equal(local[name.replace("query", "key")], read)
+        off = (between @ read.T - 1.5 * between @ before.T).norm() / (between @ before.T).norm()
+        assert off < 0.05
+        share = (words @ read.T).square().sum() / (words @ (1.5 * before).T).square().sum()
+        assert share.item() == pytest.approx(32 / 128, rel=0.15)
+
+
+def test_local_start_leaves_all_else_untouched():
+    plain, local = fresh(False).state_dict(), fresh(True).state_dict()
     assert plain.keys() == local.keys()
-    for name, value in local.items():
-        if name.endswith(("query.weight", "key.weight")):
-            torch.testing.assert_close(value, 1.5 * plain[name.replace("key.", "query.")])
-        elif name != "bert.embeddings.position_embeddings.weight":
-            assert torch.equal(value, plain[name]), name
+    changed = {name for name, value in local.items() if not torch.equal(value, plain[name])}
+    attention = [f"bert.layers.{i}.attention" for i in (0, 1)]
+    matrices = [f"{name}.{part}.weight" for name in attention for part in ("query", "key")]
+    assert changed == {"bert.embeddings.position_embeddings.weight", *matrices}
 
 
 @torch.no_grad()
