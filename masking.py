@@ -223,8 +223,8 @@ def embedding_saliency(embedding_grad: Tensor, embedding_weight: Tensor,
     The embedding is e_i = onehot(x_i) W, so it is ⟨∂L/∂e_i, W_v⟩ ([T]): a dot product a token, and
     the (B, L, V) one-hot tensor is never built.
     embedding_grad (B, L, H), embedding_weight (V, H), token_ids (B, L) -> (B, L)."""
-    embeddings = F.embedding(token_ids, embedding_weight.detach().float())  # (B, L, H)
-    return (embedding_grad.float() * embeddings).sum(-1)
+    embeddings = F.embedding(token_ids, embedding_weight.detach())  # (B, L, H)
+    return (embedding_grad.float() * embeddings).sum(-1)  # in float32, also under bf16
 
 
 class Typhoon:
