@@ -18,6 +18,7 @@ Scores and differences are fractions, not percent: 0.01 is one point. Shapes: n 
 examples (of the task mlm: held-out windows), R resamples.
 """
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -28,17 +29,17 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 import zlib
 from bisect import bisect_left
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import glue
@@ -66,29 +67,21 @@ def mean_sd(values) -> tuple[float, float]:
     return mean, sd if sd > 1e-10 * max(map(abs, values)) else 0.0
 
 
-def incomplete_beta(a: float, b: float, x: float, y: float) -> float:
-    """Regularised incomplete beta function I_x(a, b), by the continued fraction DLMF 8.17.22.
+def t_tail(t: float, df: int, shift: float = 0.0) -> float:
+    """P(|T| >= |t|) of Student's t, T = (Z + shift) / S: Z is normal, df·S² chi-squared with df
+    degrees of freedom. A shift other than 0 makes T noncentral.
 
-    y = 1 - x is an argument of its own, so that no digits are lost near x = 1."""
-    # the fraction converges fast below this x, and I_x(a, b) = 1 - I_y(b, a) brings any other there
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(b, a, y, x)
-    if x == 0:
-        return 0.0
-    # 1 + d_1 / (1 + d_2 / (1 + ...)), two terms a turn, from the innermost that still matters
-    # outwards: that needs no guard against a denominator of 0. Their number grows as √(a + b).
-    fraction = 1.0
-    for m in range(100 + int(5 * math.sqrt(a + b)), -1, -1):
-        even = (m + 1) * (b - m - 1) * x / ((a + 2 * m + 1) * (a + 2 * m + 2))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        fraction = 1 + odd / (1 + even / fraction)
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    return math.exp(a * math.log(x) + b * math.log(y) - log_beta) / (a * fraction)
-
-
-def t_tail(t: float, df: float) -> float:
-    """P(|T| >= |t|) of Student's t, df degrees of freedom: I_{df/(df+t²)}(df/2, 1/2), DLMF 8.17."""
-    return incomplete_beta(df / 2, 0.5, df / (df + t * t), t * t / (df + t * t))
+    Given S, the probability is two tails of Z. Their mean over S is an integral, taken over
+    u = ln S: the integrand falls to 0 at both ends, where a plain sum converges exponentially."""
+    # the integrand lies around S = 1; the far tail of a large t comes from smaller S, near `peak`
+    peak = math.log(df / (df + t * t)) / 2
+    start, end = peak - 32 / df - 8 / math.sqrt(df), math.log1p(10 / math.sqrt(df))
+    u, step = np.linspace(start, end, 2001, retstep=True)
+    log_norm = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2)
+    density = np.exp(log_norm + df * u - df / 2 * np.exp(2 * u))  # of u
+    limit = torch.from_numpy(abs(t) * np.exp(u))  # |Z + shift| must exceed it
+    tails = sum(torch.erfc((limit + side * shift) / math.sqrt(2)) / 2 for side in (-1, 1))
+    return float((density * tails.numpy()).sum() * step)
 
 
 def solve(increasing, target: float) -> float:
@@ -161,11 +154,8 @@ def sign_flip_test(differences, flips: int = 100_000, seed: int = 0) -> float:
             sums = np.concatenate([sums + difference, sums - difference])  # (2^i,)
         return float((abs(sums) >= seen).mean())
     rng = np.random.Generator(np.random.PCG64(seed))
-    extreme = 0
-    for _ in range(100):  # in blocks, for memory
-        signs = rng.choice([-1.0, 1.0], size=(flips // 100, len(differences)))
-        extreme += int((abs(signs @ differences) >= seen).sum())
-    return (1 + extreme) / (1 + flips // 100 * 100)
+    signs = rng.choice([-1.0, 1.0], size=(flips, len(differences)))
+    return float(1 + (abs(signs @ differences) >= seen).sum()) / (1 + flips)
 
 
 def holm(p_values) -> list[float]:
@@ -197,29 +187,11 @@ def cohen_dz(differences) -> float:
     return mean / sd if sd > 0 else math.nan
 
 
-def t_test_power(shift: float, n: int, alpha: float) -> float:
-    """P(|T'| > t*), the exact power of the two-sided t test: T' is noncentral t with this `shift`,
-    which is √n · mean / sd.
-
-    T' = (Z + shift) / S with Z normal and df·S² chi-squared: given S, the probability is two normal
-    tails, and what is wanted is their mean over S."""
-    df = n - 1
-    # over u = ln S, where the density falls to 0 at both ends: there the trapezoid rule, which is a
-    # plain sum, converges exponentially
-    start, end = -32 / df - 8 / math.sqrt(df), math.log1p(10 / math.sqrt(df))
-    u, step = np.linspace(start, end, 2001, retstep=True)
-    log_norm = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2)
-    density = np.exp(log_norm + df * u - df / 2 * np.exp(2 * u))
-    threshold = t_critical(df, alpha) * np.exp(u)
-    normal_tail = np.vectorize(lambda x: math.erfc(x / math.sqrt(2)) / 2)  # P(Z > x)
-    tails = normal_tail(threshold - shift) + normal_tail(threshold + shift)
-    return float((density * tails).sum() * step)
-
-
 @lru_cache(maxsize=None)
 def detectable_shift(n: int, power: float, alpha: float) -> float:
-    """The shift at which the t test on n pairs has this power."""
-    return solve(lambda shift: t_test_power(shift, n, alpha), power)
+    """The shift √n · mean / sd at which the two-sided t test on n pairs has this power."""
+    threshold = t_critical(n - 1, alpha)
+    return solve(lambda shift: t_tail(threshold, n - 1, shift), power)
 
 
 def minimum_detectable_effect(differences, power: float = POWER, alpha: float = ALPHA) -> float:
@@ -323,13 +295,14 @@ def means_over_tasks(rows: list[Row]) -> list[Row]:
     for model, group in sorted(grouped(rows, "model").items()):
         tasks = len(grouped(group, "task"))
         for (strategy, seed), found in grouped(group, "strategy", "seed").items():
-            if 1 < tasks == len(found):
-                drawn = [row.resampled for row in found]
-                complete = all(sample is not None for sample in drawn)
-                means.append(Row(f"mean of {tasks} tasks", model, strategy, seed,
-                                 score=sum(row.score for row in found) / tasks,
-                                 masked=mean_sd([row.masked for row in found])[0],
-                                 resampled=np.mean(drawn, axis=0) if complete else None))
+            if tasks == 1 or len(found) < tasks:
+                continue
+            drawn = [row.resampled for row in found]
+            complete = all(sample is not None for sample in drawn)
+            means.append(Row(f"mean of {tasks} tasks", model, strategy, seed,
+                             score=sum(row.score for row in found) / tasks,
+                             masked=mean_sd([row.masked for row in found])[0],
+                             resampled=np.mean(drawn, axis=0) if complete else None))
     return sorted(means, key=by_order)
 
 
@@ -379,35 +352,42 @@ def compare_all(rows: list[Row], notes: list[str], against: str | None = None) -
     return pairs
 
 
+# Runs that are compared must be equal in every setting but these.
 NO_SETTING = {"label", "pattern", "json", "predict", "save", "out", "resume", "device", "data_dir",
               "compile", "log_every", "eval_every", "save_every", "versions"}
 OF_THE_GRID = {"task", "model", "seed", "adapt", "teacher", "teacher_dir", "teacher_seed",
                "teacher_weights"}  # teachers: see teacher_notes
 OF_THE_STRATEGY = {"masking", "kd_weight", "kd_temperature", "kd_start", "student_init",
                    "strategy_start", "entropy_select", "entropy_input", "typhoon_spread",
-                   "typhoon_ema"}
+                   "typhoon_ema"}  # equal within a strategy
 
 
 def differing(rows: list[Row], part: str) -> list[str]:
-    """`steps: 60, 100` for each setting in run[part] that differs where it should not: anywhere,
-    or, where it belongs to what is compared, within one strategy."""
-    found = [(row.strategy, row.run[part]) for row in rows if row.run.get(part)]
-    names = set().union(*(settings for _, settings in found)) - NO_SETTING - OF_THE_GRID
-    lines = []
-    for name in sorted(names):
-        values = {}
-        for strategy, settings in found:
-            key = strategy if name in OF_THE_STRATEGY else None
-            values.setdefault(key, set()).add(json.dumps(settings.get(name), sort_keys=True))
-        if any(len(group) > 1 for group in values.values()):
-            lines.append(f"{name}: {', '.join(sorted(set().union(*values.values())))}")
+    """`steps: 60, 100` for each setting in run[part] that must be equal and is not."""
+    rows, lines = [row for row in rows if row.run.get(part)], []
+    names = {name for row in rows for name in row.run[part]}
+    for name in sorted(names - NO_SETTING - OF_THE_GRID):
+        groups = grouped(rows, "strategy").values() if name in OF_THE_STRATEGY else [rows]
+        for group in groups:
+            values = sorted({json.dumps(row.run[part].get(name)) for row in group})
+            if len(values) > 1:
+                lines.append(f"{name}: {', '.join(values)}")
     return lines
 
 
+def check_same(what: str, stored: dict, asked: dict):
+    """Raises InputError, with the setting, where `what` was made with others than this sweep's. A
+    setting that an earlier version did not have is not compared."""
+    for name in sorted((stored.keys() & asked) - NO_SETTING):
+        if stored[name] != asked[name]:
+            raise InputError(f"{what} was made with --{name.replace('_', '-')} {stored[name]}, and "
+                             f"this sweep asks for {asked[name]}: remove it, or choose other names")
+
+
 def provenance_notes(rows: list[Row]) -> list[str]:
-    """A note on all in which runs differ beyond what the grid varies: arguments, how their models
-    were pretrained, by which teachers, and which weights they started from. Raises InputError
-    where two seeds of a cell started from the same weights: a copy is no independent seed."""
+    """A note on everything that runs differ in and the grid does not vary: arguments, how their
+    models were pretrained, by which teachers, and which weights they started from. Raises
+    InputError where two seeds started from the same weights: a copy is no independent seed."""
     notes = []
     for (task, model), group in grouped(rows, "task", "model").items():
         if task != "mlm":  # whose arguments are those of the pretraining
@@ -417,21 +397,20 @@ def provenance_notes(rows: list[Row]) -> list[str]:
         notes += [f"{model}: the pretraining of the runs differs in {line}"
                   for line in differing(group, "pretraining")]
         notes += teacher_notes(model, group)
-        checkpoints, seeds = {}, {}
-        for row in group:
-            if weights := row.run.get("weights"):
-                checkpoints.setdefault(row.run["model"], set()).add(weights)
-                other = seeds.setdefault((row.strategy, weights), row.seed)
-                if "{seed}" in model and other != row.seed:
-                    raise InputError(f"{model}, {row.strategy}: seeds {other} and {row.seed} have "
-                                     "the same weights, and a copy is no independent seed: remove "
-                                     "the runs of one of them")
-        notes += [f"{model}: {checkpoint} was trained again between its runs"
-                  for checkpoint, weights in checkpoints.items() if len(weights) > 1]
+        weights_of, seed_of = {}, {}
+        for row in (row for row in group if row.run.get("weights")):
+            weights = row.run["weights"]
+            if weights_of.setdefault(row.run["model"], weights) != weights:
+                notes.append(f"{model}: {row.run['model']} was trained again between its runs")
+            first = seed_of.setdefault((row.strategy, weights), row.seed)
+            if "{seed}" in model and first != row.seed:
+                raise InputError(f"{model}, {row.strategy}: seeds {first} and {row.seed} have the "
+                                 "same weights, and a copy is no independent seed: remove the runs "
+                                 "of one of them")
     if old := sum("weights" not in row.run for row in rows):
         notes.append(f"{old} runs are of an earlier version, which did not record the weights they "
                      "started from: whether their models match is not known")
-    return notes
+    return list(dict.fromkeys(notes))  # each once
 
 
 def teacher_notes(model: str, rows: list[Row]) -> list[str]:
@@ -463,15 +442,16 @@ def verdict(pairs: list[dict]) -> str:
         return (f"For other seeds on these same examples, {len(winners)} {among} "
                 f"show{'s' * (len(winners) == 1)} a difference (Holm-adjusted p < {ALPHA}): "
                 f"{'; '.join(claims)}.")
-    seeds = dict.fromkeys(str(end([pair["n"] for pair in judged])) for end in (min, max))
+    seeds = [pair["n"] for pair in judged]
+    n = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else str(seeds[0])
     effects = sorted(pair["mde"] for pair in judged)
     span = f"{effects[0]:.4f}"
     if len(effects) > 1:
         span += f" to {effects[-1]:.4f}, by comparison"
     smallest = show_p(min(pair["holm_p"] for pair in judged))
     return (f"No strategy is reliably better: none {among} is significant (smallest Holm-adjusted "
-            f"p {smallest}), and with n = {' to '.join(seeds)} seeds the smallest true difference "
-            f"that a single test finds four times in five is {span}.")
+            f"p {smallest}), and with n = {n} seeds the smallest true difference that a single "
+            f"test finds four times in five is {span}.")
 
 
 def better(pair: dict) -> str:
@@ -510,7 +490,7 @@ def analyse(folder: Path, *, epoch: str = "last", effect: float | None = None,
     pairs = compare_all(table, notes, against)
     for pair in pairs if effect else ():
         pair["seeds_needed"] = seeds_needed(pair["sd"], effect)
-    constants = {row.task: row.run["baseline"] for row in rows if "baseline" in row.run}
+    constants = {row.task: row.run["baseline"] for row in rows if row.run["baseline"]}
     constants = {task: values | {"score": score(task, values, metric)}
                  for task, values in constants.items()}
     return {"runs": len(rows), "epoch": epoch, "effect": effect, "metric": metric,
@@ -622,9 +602,11 @@ def to_markdown(report: dict) -> str:
     parts = ["# Report", f"**Verdict.** {report['verdict']}",
              f"{report['runs']} runs; metrics of the {epochs[report['epoch']]}. {reading}"]
     for task, model in dict.fromkeys((cell["task"], cell["model"]) for cell in report["cells"]):
-        cells, pairs = ([found for found in report[part]
-                         if (found["task"], found["model"]) == (task, model)]
-                        for part in ("cells", "pairs"))
+        def here(found):
+            return (found["task"], found["model"]) == (task, model)
+
+        cells = list(filter(here, report["cells"]))
+        pairs = list(filter(here, report["pairs"]))
         parts.append(f"## {task}, {model}")
         if task == "mlm":
             parts.append(READING_MLM)
@@ -645,14 +627,12 @@ def to_csv(report: dict) -> str:
     """A row per cell and metric, without a baseline, and one per pair: metric `score`, mean and sd
     of the differences."""
     rows = [{"task": cell["task"], "model": cell["model"], "strategy": cell["strategy"],
-             "metric": metric, "n": len(cell["seeds"]), "mean": mean, "sd": sd}
+             "baseline": None, "metric": metric, "n": len(cell["seeds"]), "mean": mean, "sd": sd}
             for cell in report["cells"] for metric, (mean, sd) in cell["metrics"].items()]
     rows += [{"metric": "score"} | pair for pair in report["pairs"]]
-    one = [Row("", "", "", 0, 0.0)]  # for the names of what `compare` returns
-    columns = ["task", "model", "strategy", "baseline", "metric", *compare(one, one), "holm_p",
-               "seeds_needed"]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row),
+                            lineterminator="\n")
     writer.writeheader()
     writer.writerows(plain(rows))
     return text.getvalue()
@@ -687,7 +667,7 @@ EXAM = ("accuracy", "common", "middle", "rare", "log_likelihood")
 METRICS = {name: task.metrics for name, task in glue.TASKS.items()} | {"mlm": EXAM}
 DEV_SETS = ("dev", "dev_mismatched")
 FIELDS = {"task": str, "model": str, "strategy": str, "seed": int, "args": dict, "last": dict,
-          "best": dict, "seconds": (int, float)}
+          "best": dict, "baseline": dict, "seconds": (int, float)}
 
 
 def scored(task: str, names: list[str], metric: str | None) -> list[str]:
@@ -707,13 +687,13 @@ def answers(run: dict, dev_set: str) -> list[np.ndarray]:
     exam = run["task"] == "mlm"
     names = ("right", "count", "log_likelihood") if exam else ("predictions", "labels")
     try:
-        columns = [np.array(run[dev_set][name]) for name in names]
-    except (KeyError, TypeError, ValueError):  # a column is missing, or its rows are ragged
-        columns = [np.empty(0)]
-    m = columns[-1].shape
-    shapes = [(*m, 3), (*m, 3), m] if exam else [m, m]
-    numbers = all(column.dtype.kind in "iuf" for column in columns)
-    if [column.shape for column in columns] != shapes or len(m) != 1 or m == (0,) or not numbers:
+        columns = [np.array(run[dev_set][name], dtype=float) for name in names]
+        m = len(columns[0])
+        shapes = [(m, 3), (m, 3), (m,)] if exam else [(m,), (m,)]
+        sound = m > 0 and [column.shape for column in columns] == shapes
+    except (KeyError, TypeError, ValueError):  # a column is missing, ragged, or holds no numbers
+        sound = False
+    if not sound:
         raise InputError("its dev predictions are damaged")
     return columns
 
@@ -725,20 +705,14 @@ def read_run(path: Path) -> dict:
         run = read_json(path)
     except InputError:
         raise InputError("not JSON") from None
-    if run.get("task") == "mlm":
-        run.setdefault("best", run.get("last"))  # the exam is taken once
-    sound = all(isinstance(run.get(name), kind) for name, kind in FIELDS.items())
+    run = {"best": run.get("last"), "baseline": {}} | run  # the exam is taken once
+    sound = all(isinstance(run.get(name), kind) for name, kind in FIELDS.items()) \
+        and all(isinstance(value, (int, float)) for value in run["baseline"].values())
     if not sound or run["task"] not in METRICS:
         raise InputError("not a run of glue.py")
     for name in DEV_SETS:
         if name in run:
             answers(run, name)
-    baseline = run.get("baseline", {"accuracy": 0.0})  # of the constant answer
-    numbers = baseline.values() if isinstance(baseline, dict) else ()
-    if not numbers or not all(isinstance(value, (int, float)) for value in numbers):
-        raise InputError("its baseline is damaged")
-    if "pattern" not in run and "@" in run["strategy"]:  # as earlier versions wrote it
-        run["strategy"], run["pattern"] = run["strategy"].split("@", 1)
     return run
 
 
@@ -776,8 +750,7 @@ def read_rows(folder: Path, epoch: str, metric: str | None) -> tuple[list[Row], 
             raise InputError(f"{claimed[cell]} and {path.name} both claim to be {cell}: remove one "
                              "of them")
         claimed[cell] = path.name
-        given = row.run.get("dev", {}).get("predictions", [])
-        if row.run.get("collapsed", len(given) > 1 and len(set(given)) == 1):
+        if row.run.get("collapsed"):
             notes.append(f"{path.stem} collapsed: it gives every dev example the same answer")
         rows.append(row)
     if not rows:
@@ -911,31 +884,18 @@ def weights_now(checkpoint: str) -> str | None:
     return weights_digest(checkpoint) if any(file.exists() for file in files) else None
 
 
-def finished_runs(runs: list[Run], folder: Path) -> tuple[dict[Run, dict], list[Run]]:
-    """The runs that need not be made, with their results; and those whose model has been trained
-    again since, so that the result is another model's. A file that cannot be read is no result."""
+def finished_runs(runs: list[Run], folder: Path) -> dict[Run, dict]:
+    """The results that need not be made: they can be read, and their model has not been trained
+    again since."""
     weights = {name: weights_now(name) for name in {run.checkpoint for run in runs}}
-    done, outdated = {}, []
+    done = {}
     for run in runs:
-        try:
+        with contextlib.suppress(InputError):  # no file, or a damaged one
             found = read_run(folder / f"{run.name}.json")
-        except (InputError, FileNotFoundError, NotADirectoryError):
-            continue
-        now = weights[run.checkpoint]
-        if now and found.get("weights") not in (None, now):
-            outdated.append(run)
-        else:
-            done[run] = found
-    return done, outdated
-
-
-def check_same(what: str, stored: dict, asked: dict, defaults: dict):
-    """Raises InputError, with the setting, where `what` was made with others than this sweep's."""
-    for name in sorted(set(asked) - NO_SETTING):
-        had = stored.get(name, defaults.get(name))  # an earlier version may not have had the option
-        if had != asked[name]:
-            raise InputError(f"{what} was made with --{name.replace('_', '-')} {had}, and this "
-                             f"sweep asks for {asked[name]}: remove it, or choose other names")
+            now = weights[run.checkpoint]
+            if now is None or found.get("weights") in (None, now):
+                done[run] = found
+    return done
 
 
 # --- the sweep ------------------------------------------------------------------------------------
@@ -951,43 +911,41 @@ class Job:
 
 def pretraining_jobs(runs: list[Run], folder: Path, *, extra: list[str] = (),
                      arms: dict | None = None, done: dict | None = None,
-                     check: bool = True) -> list[Job]:
+                     parse=train.parse_args) -> list[Job]:
     """A job for every checkpoint of a {masking} pattern that is not there yet. train.py writes
     model.safetensors last; a directory without it was interrupted, and goes on.
 
     extra: options for all, in which {seed} is replaced; arms: {strategy: its options}; done: the
-    finished runs; check: also what train.py checks by downloading the corpus. Raises InputError on
-    what train.py would refuse, and where a checkpoint, or the model of a finished run, was
-    pretrained with other options: it is no run of this grid."""
-    parse = train.make_parser().parse_args
-    known, defaults = PRETRAINING | (arms or {}), vars(parse([]))
+    finished runs; parse: how train.py reads its options. Raises InputError on what that refuses,
+    and where a checkpoint, or the model of a finished run, was pretrained with other options: it is
+    no run of this grid."""
+    known = PRETRAINING | (arms or {})
     jobs, teachers = {}, set()
-    for run in runs:
+    for run in (run for run in runs if "{masking}" in run.model):
         weights = Path(run.checkpoint) / "model.safetensors"
         settings = weights.parent / "train_args.json"
-        by_file = ["--masking", run.strategy] if run.label != run.strategy else None
-        arm = known.get(run.strategy, by_file)
-        by_other_means = weights.exists() and not (arm and settings.exists())
-        if "{masking}" not in run.model or by_other_means:
-            continue
+        arm = known.get(run.strategy)
+        if run.strategy != run.label:  # FILE.py:CLASS
+            arm = ["--masking", run.strategy]
+        if weights.exists() and not (arm and settings.exists()):
+            continue  # made by other means: it is taken as it is
         if not arm:
             raise InputError(f"--pretrain knows no strategy {run.strategy}: choose from "
                              f"{', '.join(known)}, FILE.py:CLASS, or give an --arm")
         common = [option.replace("{seed}", str(run.seed)) for option in extra]
         options = [*common, *arm, "--seed", str(run.seed)]
-        asked = parse(options)
-        if settings.exists():
-            check_same(run.checkpoint, read_json(settings), vars(asked), defaults)
-        if result := (done or {}).get(run, {}).get("pretraining"):
-            check_same(f"the model of {run.name}.json", result, vars(asked), defaults)
-        wants_teacher = (find_strategy(asked.masking).needs_teacher or asked.kd_weight
-                         or asked.student_init != "random") and not (asked.teacher or asked.init)
-        teacher = shlex.join(common) if wants_teacher else None  # what it depends on
-        if not weights.exists() and run.checkpoint not in jobs:
+        if not weights.exists():
             options += ["--out", run.checkpoint]
             options += ["--resume", run.checkpoint] if settings.exists() else []
-            if check:
-                train.parse_args(options)
+        asked = parsed(parse, options, "train.py")
+        if settings.exists():
+            check_same(run.checkpoint, read_json(settings), vars(asked))
+        if result := (done or {}).get(run, {}).get("pretraining"):
+            check_same(f"the model of {run.name}.json", result, vars(asked))
+        wants_teacher = not asked.teacher and (
+            find_strategy(asked.masking).needs_teacher or asked.kd_weight > 0)
+        teacher = shlex.join(common) if wants_teacher else None  # what its weights depend on
+        if not weights.exists() and run.checkpoint not in jobs:
             jobs[run.checkpoint] = Job(
                 [sys.executable, str(HERE / "train.py"), *options], weights,
                 folder / f"pretrain--{slug(run.checkpoint)}.error.json",
@@ -996,10 +954,23 @@ def pretraining_jobs(runs: list[Run], folder: Path, *, extra: list[str] = (),
     return list(jobs.values())
 
 
+def parsed(parse, options: list[str], program: str) -> argparse.Namespace:
+    """What another program's `parse` makes of its options. Raises InputError on what it refuses."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse(options)
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help
+        reason = said.getvalue().strip().partition(": ")[2]  # without the name of this program
+        raise InputError(f"the options for {program}: {reason}") from None
+
+
 CHILD = """
 import os, runpy, signal, sys, threading
 def end_with_the_sweep():
-    os.read(0, 1)  # waits for the end of the pipe, which closes with the sweep, even on kill -9
+    os.read(0, 1)  # returns when the pipe's other end closes: with the sweep, even on kill -9
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Thread(target=end_with_the_sweep, daemon=True).start()
 sys.argv = sys.argv[1:]
@@ -1008,50 +979,44 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def finish(job: Job, returncode: int, stderr: str) -> str | None:
-    """Records how a job ended. Returns why it failed, None where its output is there."""
+def finish(job: Job, returncode: int, stderr: str) -> list[str]:
+    """Records how a job ended. Returns why it failed; nothing where its output is there."""
     for left_over in job.output.parent.glob(f".{job.output.name}.*"):  # of a killed attempt
         left_over.unlink(missing_ok=True)
     if returncode == 0 and job.output.exists():
         job.error.unlink(missing_ok=True)
-        return None
+        return []
     reason = (stderr.strip().splitlines() or ["it said nothing"])[-1]
     record = {"error": reason, "command": job.command, "returncode": returncode}
     write_atomic(job.error, json.dumps(record) + "\n")
-    return reason
+    return [reason]
 
 
 def run_jobs(jobs: list[Job], parallel: int, bar: tqdm) -> list[str]:
     """Runs the jobs, `parallel` at once, each a process of its own. Returns why each that failed
     did; a failure stops no other. If this process ends, however it does, the jobs in flight end
     with it; they are the only ones to run again."""
-    waiting, running, failures = list(jobs), {}, []
     parallel = max(1, min(parallel, len(jobs)))
     threads = max(1, (os.cpu_count() or 1) // parallel)  # jobs that share cores must not fight
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    reader, writer = os.pipe()  # the writing end closes with this process: see CHILD
+
+    def run(job):
+        return job, subprocess.run(
+            [sys.executable, "-c", CHILD, *job.command[1:]], env=environment, stdin=reader,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+
+    pool, failures = ThreadPoolExecutor(parallel), []
     try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                job, stderr = waiting.pop(0), tempfile.TemporaryFile()
-                process = subprocess.Popen(
-                    [sys.executable, "-c", CHILD, *job.command[1:]], stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
-                running[process] = job, stderr
-            time.sleep(0.02)
-            for process in [process for process in running if process.poll() is not None]:
-                job, stderr = running.pop(process)
-                process.stdin.close()
-                with stderr:
-                    stderr.seek(0)
-                    said = stderr.read().decode(errors="replace")
-                failures += filter(None, [finish(job, process.returncode, said)])
-                bar.set_postfix(failed=len(failures))
-                bar.update()
+        for future in as_completed([pool.submit(run, job) for job in jobs]):
+            job, ended = future.result()
+            failures += finish(job, ended.returncode, ended.stderr)
+            bar.set_postfix(failed=len(failures))
+            bar.update()
     finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        os.close(writer)  # after an interruption: ends the jobs in flight
+        pool.shutdown(cancel_futures=True)  # and waits for their end
+        os.close(reader)
     return failures
 
 
@@ -1060,7 +1025,7 @@ def copy_exam(run: Run, output: Path) -> list[str]:
     path = Path(run.checkpoint) / "exam.json"
     try:
         exam = read_run(path)
-    except (InputError, FileNotFoundError):
+    except InputError:
         return [f"{path} is not there, or damaged"]
     cell = {"model": run.checkpoint, "strategy": run.label, "pattern": run.model, "seed": run.seed,
             "weights": weights_now(run.checkpoint)}
@@ -1080,14 +1045,15 @@ def sweep(runs: list[Run], folder: Path, *, extra: list[str] = (), parallel: int
     with tqdm(total=len(pretraining) + len(runs), desc="sweep", unit="run", smoothing=0) as bar:
         failures = run_jobs([job for job in pretraining if job.alone], parallel, bar)
         failures += run_jobs([job for job in pretraining if not job.alone], parallel, bar)
-        done, outdated = finished_runs(runs, folder)  # now that the models are what they will be
+        done = finished_runs(runs, folder)  # now that the models are what they will be
         bar.update(len(done))
         jobs = []
         for run in [run for run in runs if run not in done]:
             output = folder / f"{run.name}.json"
-            output.unlink(missing_ok=True)  # else a failed run would seem to have made it
-            if run in outdated:
-                bar.write(f"{output} is made again: {run.checkpoint} has been trained since")
+            if output.exists():
+                bar.write(f"{output} is made again: it is damaged, or {run.checkpoint} has been "
+                          "trained since")
+                output.unlink()  # else a failed run would seem to have made it
             if run.task == "mlm":
                 failures += copy_exam(run, output)
                 bar.update()
@@ -1097,46 +1063,22 @@ def sweep(runs: list[Run], folder: Path, *, extra: list[str] = (), parallel: int
         return failures + run_jobs(jobs, parallel, bar)
 
 
-def estimate(missing: list[Run], finished: list[dict]) -> float:
-    """Seconds that the missing runs take one after another: the mean of the finished ones of the
-    same task and model, or of all where there is none yet; nan where nothing is finished."""
-    def seconds(run):
-        alike = [done["seconds"] for done in finished
-                 if (done["task"], done.get("pattern") or done["model"]) == (run.task, run.model)]
-        return mean_sd(alike or [done["seconds"] for done in finished])[0]
-
-    return math.fsum(map(seconds, missing)) if finished else math.nan
-
-
 def dry_run(runs: list[Run], folder: Path, parallel: int, pretraining: list[Job],
             downloads: list[str]):
     """Prints every run with its state, what would be downloaded, and the time that is left."""
-    done, outdated = finished_runs(runs, folder)
-    for job in pretraining:
-        print(f"pretrain  {job.output.parent}")
+    done = finished_runs(runs, folder)
+    lines = [f"pretrain  {job.output.parent}" for job in pretraining]
     for run in runs:
         state = "failed" if (folder / f"{run.name}.error.json").exists() else "missing"
-        state = "done" if run in done else "outdated" if run in outdated else state
-        print(f"{state:8}  {run.name}")
-    for name in downloads:
-        print(f"download  {name}")
-    missing = [run for run in runs if run not in done]
-    time_left = "no estimate before the first run is finished"
+        lines.append(f"{'done' if run in done else state:8}  {run.name}")
+    lines += [f"download  {name}" for name in downloads]
+    missing, time_left = len(runs) - len(done), "no estimate before the first run is finished"
     if done:
-        minutes = estimate(missing, list(done.values())) / parallel / 60
-        time_left = (f"about {minutes:.0f} minutes with --jobs {parallel}, from {len(done)} "
+        seconds = missing * mean_sd([result["seconds"] for result in done.values()])[0] / parallel
+        time_left = (f"about {seconds / 60:.0f} minutes with --jobs {parallel}, from {len(done)} "
                      "finished runs")
-    print(f"{len(missing)} of {len(runs)} runs to do: {time_left}"
-          + "; pretraining not counted" * bool(pretraining))
-
-
-def has_data(task: str, data_dir: str) -> bool:
-    """Whether the files of train and dev are there, in one of the forms that glue.py knows."""
-    row = glue.TASKS[task]
-    forms = [row.files.get(split, ((f"{row.folder}/{split}.tsv",),))
-             for split in row.splits("train") + row.splits("dev")]
-    return all(any(all((Path(data_dir) / file).is_file() for file in files) for files in form)
-               for form in forms)
+    print(*lines, f"{missing} of {len(runs)} runs to do: {time_left}"
+          + "; pretraining not counted" * bool(pretraining), sep="\n")
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -1263,15 +1205,14 @@ def sweep_command(args):
     folder = args.out or Path("runs") / "-".join(filter(None, ("sweep", args.preset)))
     options_of("--", args.extra, "--task", "--model", "--seed", "--adapt", "--label", "--pattern",
                "--json")
-    done, _ = finished_runs(runs, folder)
+    done = finished_runs(runs, folder)
     downloads = {}
     for run in (run for run in runs if run.task != "mlm"):
         command = run.command(folder / f"{run.name}.json", args.extra)
-        asked = vars(glue.parse_args(command[2:]))
-        defaults = vars(glue.parse_args(["--task", run.task, "--model", run.checkpoint]))
+        asked = vars(parsed(glue.parse_args, command[2:], "glue.py"))
         if run in done:
-            check_same(f"{folder / run.name}.json", done[run]["args"], asked, defaults)
-        if not has_data(run.task, asked["data_dir"]):
+            check_same(f"{folder / run.name}.json", done[run]["args"], asked)
+        if not (Path(asked["data_dir"]) / glue.TASKS[run.task].folder).is_dir():
             downloads[f"the data of {run.task}, which are not in {asked['data_dir']}"] = None
     pretraining = []
     if args.pretrain is not None:
@@ -1281,8 +1222,10 @@ def sweep_command(args):
         taken = ("--seed", "--out", "--resume")
         options = options_of("--pretrain", args.pretrain, "--masking", "--kd-weight", *taken)
         arms = {name: options_of("--arm", text, *taken) for name, text in args.arm}
+        # train.py's full check downloads the corpus, its parser alone does not
+        parse = train.make_parser().parse_args if args.dry_run else train.parse_args
         pretraining = pretraining_jobs(runs, folder, extra=options, arms=arms, done=done,
-                                       check=not args.dry_run)
+                                       parse=parse)
     models = check_models(runs, pretraining)
     if args.dry_run:
         return dry_run(runs, folder, args.jobs, pretraining, [*models, *downloads])
