@@ -225,10 +225,11 @@ def multi_bootstrap(a: np.ndarray, b: np.ndarray, level: float = LEVEL, seed: in
     a, b (n, R): row s, column r is the score of seed s on the r-th resample of the dev examples,
     the same examples on both sides (`resampled_scores`).
 
-    Approximate for few seeds. Measured coverage of the 95% interval with five of them: 92% where
-    seeds and examples add alike to the mean's variance, 94 to 97% where each run also errs at
-    random (both resamplings then count that noise), 89% and 85% where the sd that seeds add is two
-    and four times the examples': there, read the t interval. (`pytest -m slow -k coverage`)"""
+    Approximate for few seeds. Measured coverage of the 95% interval with five of them
+    (`pytest -m slow -k coverage`): 92% where seeds and examples add alike to the mean's variance,
+    94 to 97% where each run also errs at random (both resamplings then count that noise), 89% and
+    85% where the sd that seeds add is two and four times the examples'. Where seeds vary so much
+    more than examples, read the t interval."""
     n, resamples = a.shape
     if n < 2:
         return math.nan, math.nan
@@ -858,7 +859,7 @@ def slug(model: str) -> str:
 
 def plan(*, tasks: list[str], models: list[str], strategies: list[str], seeds: list[int]):
     """The runs of a grid, in an order that finishes whole comparisons early. Raises InputError on
-    one that has no name, or another's."""
+    a brace or a character that a name cannot have, and where two runs would share a name."""
     runs = [Run(task, model, strategy, seed) for model in models for task in tasks
             for seed in seeds for strategy in strategies]
     for run in runs:
@@ -1155,7 +1156,8 @@ def parse_args(argv=None):
 
 
 def grid(args) -> list[Run]:
-    """The runs that the arguments ask for. Raises InputError where one of the lists is open."""
+    """The runs that the arguments ask for. Raises InputError where one of the four lists is
+    missing, or --shard is wrong."""
     lists = {"seeds": [0, 1, 2, 3, 4]} | PRESETS.get(args.preset, {})
     for name in ("tasks", "models", "strategies", "seeds"):
         if given := getattr(args, name):
@@ -1181,12 +1183,12 @@ def grid(args) -> list[Run]:
 
 
 def check_models(runs: list[Run], pretraining: list[Job]) -> list[str]:
-    """The models that come from the hub. Raises InputError on one that is not there, nor will be
-    made, nor can be a hub name."""
+    """The models that come from the hub. Raises InputError on any other that has no weights and
+    that `pretraining` does not make."""
     made, from_hub = {str(job.output.parent) for job in pretraining}, {}
     for run in (run for run in runs if str(Path(run.checkpoint)) not in made):
         path = Path(run.checkpoint)
-        hub_name = run.checkpoint == run.model and len(path.parts) <= 2
+        hub_name = run.checkpoint == run.model and len(path.parts) <= 2  # NAME or OWNER/NAME
         if hub_name and not Path(path.parts[0]).exists():
             from_hub[run.checkpoint] = None
         elif not weights_now(run.checkpoint):
