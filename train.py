@@ -1275,7 +1275,7 @@ def make_parser() -> Parser:
     add("--dropout", type=fraction, default=0.0, help="0 suits short runs; BERT has 0.1")
 
     add = parser.add_argument_group("loop").add_argument
-    add("--steps", type=count, default=1200, help="optimizer steps")
+    add("--steps", type=count, default=1400, help="optimizer steps")
     add("--batch-size", type=count, default=8, help="windows an optimizer step, over all ranks")
     add("--accumulate", type=count, default=1, help="micro-batches that a rank cuts its share into")
     add("--lr", type=positive, default=2e-3, help="peak learning rate of AdamW")
