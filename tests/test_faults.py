@@ -225,7 +225,7 @@ CASES = {
         ("--resume run --steps 13", "start a new run from its weights: --init run"),
         ("--vocab-size 100 --teacher model", "teacher has 11 word pieces, student 100: drop --voc"),
         ("--teacher model --init other --seq-len 16",
-         "teacher has 11 word pieces, --init 12, and they are not the same"),
+         "the teacher predicts 11 word pieces, --init 12, and they are not the same"),
         ("--teacher model --init swapped --seq-len 16", "and they are not the same"),
         ("--teacher model --init padded-vocab --seq-len 16",
          "the teacher predicts 11 word pieces, --init 16"),
