@@ -83,7 +83,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
     corruption: tuple[float, float, float] = (0.8, 0.1, 0.1)  # [MASK], a random token, kept
-    strategy_start: float | None = None  # random masks up to here; None: what suits the strategy
+    strategy_start: float = 0.0  # random masks for this fraction of the steps
     kd_weight: float = 0.0  # alpha
     kd_temperature: float = 2.0  # T
     kd_start: float = 0.0  # no distillation for this fraction of the steps
@@ -127,7 +127,6 @@ class Trainer:
         self.teacher = teacher
         self.device = model.head.bias.device
         self.random = Random(strategy.context)  # stands in before `start`
-        self.start = strategy.start if recipe.strategy_start is None else recipe.strategy_start
         self.generator = torch.Generator(self.device)
         self.optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
         self.parallel = model
@@ -178,7 +177,7 @@ class Trainer:
         recipe, progress = self.recipe, step / self.recipe.steps
         self.seed(step)
         batches = [self.texts.batch(index) for index in self.text_numbers(step)]
-        strategy = self.strategy if progress >= self.start else self.random
+        strategy = self.strategy if progress >= recipe.strategy_start else self.random
         with self.autocast():  # self-entropy runs the model
             masks = [strategy.mask(batch, self.generator) for batch in batches]
         counts = torch.stack([sum(mask.sum() for mask in masks),
@@ -625,7 +624,7 @@ def train_teacher(args: Namespace) -> str:
 def teacher_args(args: Namespace) -> Namespace:
     """Returns the arguments of the run that makes the automatic teacher: this run's, with random
     masks and a seed of its own. Everything that decides its weights is in its directory's name."""
-    changed = {"masking": "random", "mask_rate": 0.15, "steps": args.teacher_steps,
+    changed = {"masking": "random", "mask_rate": 0.3, "steps": args.teacher_steps,
                "corruption": [0.8, 0.1, 0.1], "kd_weight": 0.0, "student_init": "random",
                # A student with this seed would start from the same weights and see the same masks.
                "seed": 2 ** 32 + args.teacher_seed}
@@ -1182,14 +1181,15 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("masking").add_argument
     add("--masking", default="random", type=strategy_name, metavar="STRATEGY",
         help=f"{', '.join(STRATEGIES)}, or FILE.py:CLASS of your own")
-    add("--mask-rate", type=number(float, above=0, below=1), default=0.15, help="the budget")
+    add("--mask-rate", type=number(float, above=0, below=1), default=0.3, help="the budget")
     add("--corruption", type=fraction, nargs=3, default=[0.8, 0.1, 0.1],
         metavar=("MASK", "SWAP", "KEEP"),
         help="shares of the chosen tokens that become [MASK], become a random token, stay")
-    add("--strategy-start", type=fraction,
-        help="random masks for this fraction of the steps (default: 0.5 for entropy, else 0)")
+    add("--strategy-start", type=fraction, default=0.0,
+        help="random masks for this fraction of the steps, then the strategy's")
     add("--entropy-select", choices=["high", "low", "mixed", "sample"],
-        help="which entropies are masked (default: mixed for entropy, high for self-entropy)")
+        help="which entropies are masked (default: mixed for entropy and rarity, high for "
+             "self-entropy)")
     add("--entropy-input", choices=["visible", "masked"], default="masked",
         help="entropy of a token that the model sees, or of one that is hidden from it")
     add("--typhoon-spread", type=number(float, low=0, below=1), default=0.4,
@@ -1198,7 +1198,7 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("distillation and the teacher").add_argument
     add("--teacher", metavar="MODEL", help="default, where one is needed: trained first, and kept")
-    add("--teacher-steps", type=count, default=2300, help="steps of the teacher trained first")
+    add("--teacher-steps", type=count, default=2000, help="steps of the teacher trained first")
     add("--teacher-seed", type=number(int, low=0, below=2 ** 31), default=0,
         help="its seed; runs with the same one share their teacher, whatever their own --seed")
     add("--kd-weight", type=fraction, default=0.0, help="alpha: distillation's share of the loss")
@@ -1224,7 +1224,7 @@ def make_parser() -> Parser:
     add("--dropout", type=fraction, default=0.0, help="0 suits short runs; BERT has 0.1")
 
     add = parser.add_argument_group("loop").add_argument
-    add("--steps", type=count, default=1500, help="optimizer steps")
+    add("--steps", type=count, default=1400, help="optimizer steps")
     add("--batch-size", type=count, default=8, help="windows an optimizer step, over all ranks")
     add("--accumulate", type=count, default=1, help="micro-batches that a rank cuts its share into")
     add("--lr", type=positive, default=2e-3, help="peak learning rate of AdamW")
