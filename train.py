@@ -23,7 +23,6 @@ if __name__ == "__main__" and sys.stderr.isatty():
 
 import ast
 import contextlib
-import copy
 import functools
 import glob
 import hashlib
@@ -43,11 +42,10 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-import warnings
 import zipfile
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -64,13 +62,11 @@ from masking import (STRATEGIES, Batch, Context, Random, Strategy, corrupt, eval
                      find_strategy, hidden_entropy, position_entropy, random_mask, strategy_label,
                      strategy_name, token_entropy)
 from model import (PRESETS, SPECIAL_TOKENS, BertConfig, BertForMaskedLM, InputError, Parser,
-                   RunError, can_write, find_pretrained, load_pretrained, local_start, log, number,
-                   query_positions, read_json, run_cli, save_pretrained, weights_digest,
-                   wordpiece_tokenizer, write_atomic)
+                   RunError, can_write, load_pretrained, local_start, log, number, query_positions,
+                   read_json, run_cli, save_pretrained, weights_digest, wordpiece_tokenizer,
+                   write_atomic)
 
 EXAM_RATE = 0.15  # masked share of the held-out exam, whatever the run's own rate
-TEACHER_MASK_RATE = 0.3  # of the teacher that is trained automatically
-TEACHER_CORRUPTION = [0.8, 0.1, 0.1]
 CACHE = Path("data/cache")
 
 
@@ -146,8 +142,8 @@ class Trainer:
         recipe, vocab = self.recipe, self.texts.vocab
         corrupted, labels = corrupt(batch.input_ids, mask, vocab.mask_id, vocab.size,
                                     recipe.corruption, self.generator, vocab.special_ids)
-        # A GPU works behind the program's back. The next two lines need N, and thus wait for it to
-        # catch up; student and teacher share the result, so that nothing waits again after it.
+        # A GPU computes while the program goes on; a line that needs a number from it has to wait.
+        # The next two lines need N. Student and teacher share them, so that nothing waits again.
         targets = labels[mask]  # (N,)
         inputs = {"attention_mask": batch.attention_mask, "token_type_ids": batch.token_type_ids,
                   "positions": query_positions(mask)}
@@ -164,8 +160,8 @@ class Trainer:
             if len(targets):
                 mean = kd_loss(logits, teacher_logits, targets, kd_weight, recipe.kd_temperature)
                 loss = mean * len(targets)
-            else:  # a mean over nothing is NaN; this sum is 0 and still reaches every parameter,
-                loss = logits.sum()  # as DistributedDataParallel demands
+            else:  # a mean over nothing is NaN; DistributedDataParallel wants every parameter used
+                loss = logits.sum()  # 0
         # Micro-batches and ranks hold different numbers of masked tokens: sums, divided by the
         # total of the step, make every token count the same. The average over ranks divides once
         # more, by their number; the factor undoes that.
@@ -246,9 +242,10 @@ def pretrain(args: Namespace):
     """One run, from text to summary. Raises Stopped where a signal ended it."""
     say(f"{strategy_label(args.masking)} masking, {args.steps:,} steps: preparing text and model")
     trainer, exam, tokenizer, provenance = set_up(args)
-    run = RunDirectory(Path(args.resume) if args.resume else new_directory(args))
+    args.out = args.resume or new_directory(args)
+    run = RunDirectory(Path(args.out))
     state = run.restore(trainer, provenance) if args.resume else {}
-    settings = vars(args) | {"resume": None, "out": str(run.path), **provenance}
+    settings = vars(args) | {"resume": None, **provenance}
     if rank() == 0:
         write_atomic(run.path / "train_args.json", json.dumps(settings, indent=1) + "\n")
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -265,64 +262,59 @@ def training_loop(trainer: Trainer, exam: Exam, run: RunDirectory, args: Namespa
     the seconds, of the whole run. Raises RunError on a loss that is not finite, and Stopped on
     SIGINT or SIGTERM once everything is saved."""
     first, began = state.get("step", 0), time.perf_counter() - state.get("seconds", 0.0)
-    results = list(state.get("results", []))  # what the steps since the last log line returned
+    results = state.get("results", [])  # what the steps since the last log line returned
     totals = state.get("totals", torch.zeros(2, dtype=torch.float64))  # up to the last log line
     eval_every = args.eval_every or max(1, args.steps // 10)
-    tokens = args.batch_size * args.seq_len  # in a step
-    on_gpu = trainer.device.type == "cuda"
-    device_name = torch.cuda.get_device_name() if on_gpu else str(trainer.device)
+    tokens, device = args.batch_size * args.seq_len, trainer.device  # tokens in a step
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     bar = tqdm(total=args.steps * tokens, initial=first * tokens, unit="tok", unit_scale=True,
                desc=run.path.name, mininterval=1, disable=rank() > 0)
     trainer.model.train()
-
-    def due(every: int) -> bool:
-        return (step + 1) % every == 0 or step + 1 == args.steps
-
-    with Signals() as signals, bar:
-        for step in range(first, args.steps):
-            results.append(trainer.step(step))
-            stop = signals.agreed(step, trainer.device)
-            if stop or due(args.log_every) or due(eval_every) or due(args.save_every):
+    with caught_signals() as signals, bar:
+        for index in range(first, args.steps):
+            results.append(trainer.step(index))
+            step, stop = index + 1, agreed_signal(signals, index, device)
+            log_now, eval_now, save_now = (step % every == 0 or step == args.steps for every in
+                                           (args.log_every, eval_every, args.save_every))
+            if stop or log_now or eval_now or save_now:
                 # Reading a result waits for the GPU: not in every step.
                 results = [result.cpu() for result in results]
                 stop_if_not_finite(results, step, run)
             seconds = time.perf_counter() - began
-            if due(args.log_every):
+            if log_now:
                 loss, norm, masked, maskable = torch.stack(results).T  # (steps,) each
                 mean = ((loss * masked).sum() / masked.sum().clamp(min=1)).item()
                 totals = totals + torch.stack([masked.double().sum(), maskable.double().sum()])
                 lr = trainer.optimizer.param_groups[0]["lr"]
-                run.append("log.jsonl", step=step + 1, loss=mean, lr=lr,
-                           grad_norm=norm.max().item(), masked=int(totals[0]))
-                run.append("timing.jsonl", step=step + 1, seconds=seconds, device=device_name,
-                           tokens_per_second=(step + 1) * tokens / seconds)
-                bar.set_postfix(step=step + 1, loss=f"{mean:.3f}", lr=f"{lr:.1e}")
+                run.append("log.jsonl", step=step, loss=mean, lr=lr, grad_norm=norm.max().item(),
+                           masked=int(totals[0]))
+                run.append("timing.jsonl", step=step, seconds=seconds, device=device_name,
+                           tokens_per_second=step * tokens / seconds)
+                bar.set_postfix(step=step, loss=f"{mean:.3f}", lr=f"{lr:.1e}")
                 results = []
-            if due(eval_every):
-                metrics = exam.take(trainer.model, trainer.recipe.bf16).metrics()
-                run.append("log.jsonl", step=step + 1, exam=metrics)
-            if due(args.save_every) or stop:
-                run.save(trainer, step=step + 1, results=results, totals=totals, seconds=seconds)
+            if eval_now:
+                answers = exam.take(trainer.model, trainer.recipe.bf16)
+                run.append("log.jsonl", step=step, exam=exam.metrics(answers))
+            if save_now or stop:
+                run.save(trainer, step=step, results=results, totals=totals, seconds=seconds)
             bar.update(tokens)
             if stop:
                 barrier()  # rank 0 has saved
-                raise Stopped(stop, step + 1, run.path)
+                raise Stopped(stop, step, args.out)
     return totals, time.perf_counter() - began
 
 
 def stop_if_not_finite(results: list[Tensor], step: int, run: RunDirectory):
-    """Raises RunError where a loss or a gradient norm among the results is not finite; the last
-    result is that of `step`."""
-    bad = [i for i, result in enumerate(results) if not result.isfinite().all()]
-    if not bad:
-        return
-    number = step + 1 - len(results) + bad[0] + 1  # counted from 1
-    run.append("log.jsonl", step=number, error="the loss or its gradient is not finite")
-    kept = "No checkpoint had been saved yet"
-    if (run.path / "checkpoint.pt").exists():
-        kept = f"The last good checkpoint is kept in {run.path}"
-    raise RunError(f"step {number}: the loss or its gradient is not finite; lower --lr, lengthen "
-                   f"--warmup or drop --bf16. {kept}")
+    """Raises RunError where one of the results, of which the last is that of `step`, is not finite;
+    steps count from 1."""
+    for number, result in enumerate(results, start=step - len(results) + 1):
+        if not result.isfinite().all():
+            run.append("log.jsonl", step=number, error="the loss or its gradient is not finite")
+            saved = (run.path / "checkpoint.pt").exists()
+            kept = f"The last good checkpoint is kept in {run.path}"
+            raise RunError(f"step {number}: the loss or its gradient is not finite; lower --lr, "
+                           "lengthen --warmup or drop --bf16. "
+                           f"{kept if saved else 'No checkpoint had been saved yet'}")
 
 
 def set_up(args: Namespace) -> tuple[Trainer, Exam, Tokenizer, dict]:
@@ -333,24 +325,25 @@ def set_up(args: Namespace) -> tuple[Trainer, Exam, Tokenizer, dict]:
     init, teacher, tokenizer, teacher_dir = load_models(args)
     # The corpus is read once, and only where data/cache lacks what is made from it.
     read = functools.cache(lambda: read_corpus(args.corpus, args.corpus_fraction))
-    tokenizer = tokenizer or trained_tokenizer(args, read)
-    # The model comes before the windows: a --student-init that does not fit is refused early.
-    model = build_model(args, tokenizer, init, teacher).to(device)
-    windows = tokenised_windows(args, tokenizer, read)
+    with rank_zero_first():
+        tokenizer = tokenizer or trained_tokenizer(args, read)
+        # The model comes before the windows: a --student-init that does not fit is refused early.
+        model = build_model(args, tokenizer, init, teacher).to(device)
+        windows = tokenised_windows(args, tokenizer, read)
     read.cache_clear()
     vocab = Vocab(tokenizer, model.config.vocab_size, device)
     texts, held_out = (Texts(torch.from_numpy(windows[part]).to(device), vocab)
                        for part in ("train", "held_out"))
     if not args.init:
         start_at_frequency(model, texts.token_counts())
-    teacher_weights = weights_digest(find_pretrained(teacher_dir)) if teacher_dir else None
-    table = None
+    teacher_weights = table = None
     if teacher:
+        teacher_weights = weights_digest(teacher_dir)
         teacher.to(device).eval().requires_grad_(False)
         if find_strategy(args.masking).needs_teacher:
             table = cached_entropies(teacher, teacher_weights, texts, args, bf16)
     strategy = build_strategy(args.masking, model, texts, args, table)
-    recipe = Recipe(**{name: getattr(args, name) for name in Recipe.__dataclass_fields__})
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
     recipe.bf16 = bf16
     if args.compile:
         model.bert.compile()
@@ -405,16 +398,19 @@ def finish(trainer: Trainer, exam: Exam, tokenizer: Tokenizer, path: Path, setti
            totals: Tensor, seconds: float):
     """Writes exam.json and the model, and says in plain words what came of the run."""
     label, masked = strategy_label(settings["masking"]), totals[0] / totals[1].clamp(min=1)
-    results = {"word-piece frequency alone": exam.frequency_alone()}
+    baseline = exam.metrics(exam.frequency_alone())
+    rows = {"word-piece frequency alone": baseline}
     if trainer.teacher:
-        results["the teacher"] = exam.take(trainer.teacher, trainer.recipe.bf16)
-    mine = results[f"this model ({label})"] = exam.take(trainer.model, trainer.recipe.bf16)
-    baseline = results["word-piece frequency alone"].metrics()
+        answers = exam.take(trainer.teacher, trainer.recipe.bf16)
+        rows["the teacher"] = exam.metrics(answers)
+    answers = exam.take(trainer.model, trainer.recipe.bf16)
+    mine = rows[f"this model ({label})"] = exam.metrics(answers)
+    per_window = {name: array.tolist() for name, array in exam.per_window(answers).items()}
     record = {"task": "mlm", "model": str(path), "pattern": None, "seed": settings["seed"],
               "strategy": label + ("-kd" if settings["kd_weight"] else ""), "args": settings,
-              "versions": settings["versions"], "last": mine.metrics(), "baseline": baseline,
-              "dev": mine.per_window(), "masked": masked.item(), "seconds": seconds,
-              "weights": None, "pretraining": settings}
+              "versions": settings["versions"], "last": mine, "baseline": baseline,
+              "dev": per_window, "masked": masked.item(), "seconds": seconds, "weights": None,
+              "pretraining": settings}
     if rank() == 0:
         # model.safetensors marks a run as finished, so it is written last; then it has a digest.
         write_atomic(path / "exam.json", json.dumps(record) + "\n")
@@ -423,10 +419,10 @@ def finish(trainer: Trainer, exam: Exam, tokenizer: Tokenizer, path: Path, setti
         write_atomic(path / "exam.json", json.dumps(record) + "\n")
     say(f"\n{path}: {settings['steps']:,} steps, {seconds:.0f} s\n"
         f"masked {masked:.2%} of the ordinary tokens (asked for: {settings['mask_rate']:.2%}), "
-        f"{totals[0]:,.0f} guesses in all\n\n{exam_table(results)}\n\n{mine.entropy_line()}\n"
+        f"{totals[0]:,.0f} guesses in all\n\n{exam_table(rows)}\n\n{entropy_line(answers)}\n"
         "The same exam for every strategy. A strategy's own training loss is no measure: hard "
         "tokens cost more.")
-    if not mine.metrics()["log_likelihood"] >= baseline["log_likelihood"]:  # worse, or NaN
+    if not mine["log_likelihood"] >= baseline["log_likelihood"]:  # worse, or NaN
         say("This model is worse than guessing by frequency alone. Either the training diverged "
             f"(the loss in {path}/log.jsonl rises: lower --lr or lengthen --warmup), or it was too "
             "short (raise --steps), or the strategy asks for rare word pieces so often that the "
@@ -452,8 +448,8 @@ def frequency_bands(training_counts: Tensor, held_out_counts: Tensor) -> Tensor:
     """
     order = training_counts.argsort(descending=True, stable=True)  # (V,), commonest first
     mass = held_out_counts[order]
-    # A type may reach over a third's end. It belongs where the middle of its own share lies; twice
-    # that middle is a whole number.
+    # A type that crosses the end of a third belongs to the one in which the middle of its share
+    # lies. Twice that middle is a whole number, so that no rounding decides.
     twice_middle = 2 * mass.cumsum(0) - mass
     band = (3 * twice_middle // (2 * mass.sum()).clamp(min=1)).clamp(max=2)
     return torch.empty_like(order).scatter(0, order, band)  # by id again
@@ -475,92 +471,78 @@ def exam_metrics(right: np.ndarray, count: np.ndarray, log_likelihood: np.ndarra
             "log_likelihood": float(log_likelihood.sum() / positions)}
 
 
-@dataclass
-class ExamResult:
-    """What one model answered at the P positions, and where they lie; arrays of (P,)."""
-    loss: np.ndarray  # nats
-    right: np.ndarray  # 1 or 0
-    entropy: np.ndarray  # of the model's prediction, nats
-    window: np.ndarray
-    band: np.ndarray
-    windows: int
-
-    def per_window(self) -> dict[str, list]:
-        """Returns right and count, (n, 3), and log_likelihood, (n,), as lists."""
-        shape, cell = (self.windows, 3), 3 * self.window + self.band  # one number for both
-        right = np.bincount(cell, self.right, minlength=3 * self.windows).astype(int)
-        count = np.bincount(cell, minlength=3 * self.windows)
-        log_likelihood = -np.bincount(self.window, self.loss, minlength=self.windows)
-        return {"right": right.reshape(shape).tolist(), "count": count.reshape(shape).tolist(),
-                "log_likelihood": log_likelihood.tolist()}
-
-    def metrics(self) -> dict[str, float]:
-        """Returns `exam_metrics`."""
-        return exam_metrics(**{name: np.array(rows) for name, rows in self.per_window().items()})
-
-    def entropy_line(self) -> str:
-        """Says how far the model's entropies differ, and whether they go with its mistakes: what a
-        strategy that ranks positions by them has to work with."""
-        loss_rank, entropy_rank = (x.argsort().argsort() for x in (self.loss, self.entropy))
-        spearman = np.corrcoef(loss_rank, entropy_rank)[0, 1] if len(self.loss) > 1 else 0.0
-        return (f"entropy of hidden held-out tokens: sd {self.entropy.std():.2f} nats, "
-                f"Spearman with the loss {spearman:.2f}")
-
-
 class Exam:
-    """The questions: batches of held-out windows with a mask each, from a fixed seed.
+    """The questions: batches of held-out windows with a mask each, from a fixed seed, P masked
+    positions in all. token_counts (V,): of the training corpus.
 
-    token_counts (V,): of the training corpus."""
+    Answers are an array (3, P): the loss (nats), 1 where the guess is right, else 0, and the
+    entropy of the model's prediction (nats)."""
 
     def __init__(self, texts: Texts, token_counts: Tensor):
         self.texts, self.token_counts = texts, token_counts
-        self.questions: list[tuple[Batch, Tensor]] = []
         generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
-        for index in torch.arange(len(texts)).split(64):
-            batch = texts.batch(index.to(texts.input_ids.device))
-            mask = random_mask(batch.maskable.cpu(), EXAM_RATE, generator)
-            self.questions.append((batch, mask.to(batch.maskable.device)))
-        self.answers = torch.cat([batch.input_ids[mask] for batch, mask in self.questions])  # (P,)
+        indices = torch.arange(len(texts), device=texts.input_ids.device).split(64)
+        batches = [texts.batch(index) for index in indices]
+        masks = [random_mask(batch.maskable, EXAM_RATE, generator) for batch in batches]
+        self.questions = list(zip(batches, masks))
+        self.tokens = torch.cat([batch.input_ids[mask] for batch, mask in self.questions])  # (P,)
         rows = [batch.index[mask.nonzero()[:, 0]] for batch, mask in self.questions]
-        self.window = torch.cat(rows).cpu().numpy()  # (P,)
-        self.band = frequency_bands(token_counts, texts.token_counts())[self.answers].cpu().numpy()
+        window = torch.cat(rows)  # (P,)
+        band = frequency_bands(token_counts, texts.token_counts())[self.tokens]  # (P,)
+        self.cell = (3 * window + band).cpu().numpy()  # (P,), one number for window and band
 
-    def take(self, model: BertForMaskedLM, bf16: bool = False) -> ExamResult:
-        """Returns the model's answers. Ranks share the batches."""
+    def take(self, model: BertForMaskedLM, bf16: bool = False) -> np.ndarray:
+        """Returns the model's answers, (3, P). Ranks share the batches."""
         sizes = [int(mask.sum()) for _, mask in self.questions]
-        found = torch.zeros(3, len(self.answers), device=self.answers.device)
-        parts = list(zip(self.questions, found.split(sizes, dim=1), self.answers.split(sizes)))
-        with evaluating(model), torch.autocast(found.device.type, torch.bfloat16, enabled=bf16):
-            for (batch, mask), part, answers in parts[rank()::world_size()]:
+        answers = torch.zeros(3, len(self.tokens), device=self.tokens.device)
+        parts = list(zip(self.questions, answers.split(sizes, dim=1), self.tokens.split(sizes)))
+        with evaluating(model), torch.autocast(answers.device.type, torch.bfloat16, enabled=bf16):
+            for (batch, mask), part, tokens in parts[rank()::world_size()]:
                 hidden = batch.input_ids.masked_fill(mask, self.texts.vocab.mask_id)
                 logits = model(hidden, batch.attention_mask, batch.token_type_ids,
                                positions=mask).float()  # (N, V)
-                part[0] = F.cross_entropy(logits, answers, reduction="none")
-                part[1] = logits.argmax(-1) == answers
+                part[0] = F.cross_entropy(logits, tokens, reduction="none")
+                part[1] = logits.argmax(-1) == tokens
                 part[2] = token_entropy(logits)
-        return self.result(*reduce_sum(found))  # zeros but for the rank that took the batch
+        # Only the rank that took a batch has other numbers than zeros for it.
+        return reduce_sum(answers).cpu().double().numpy()
 
-    def frequency_alone(self) -> ExamResult:
-        """Returns the answers of whoever knows nothing but how often each word piece occurs in the
-        training corpus (each count raised by one, so that nothing is impossible)."""
+    def frequency_alone(self) -> np.ndarray:
+        """Returns the answers, (2, P), of whoever knows nothing but how often each word piece
+        occurs in the training corpus (each count raised by one, so that nothing is impossible)."""
         counts = (self.token_counts + 1) * self.texts.vocab.ordinary
-        probability = counts / counts.sum()  # (V,)
-        entropy = torch.special.entr(probability).sum()
-        return self.result(loss=-probability[self.answers].log(),
-                           right=self.answers == self.token_counts.argmax(),
-                           entropy=entropy.expand(len(self.answers)))
+        loss = -(counts / counts.sum())[self.tokens].log()
+        right = self.tokens == self.token_counts.argmax()
+        return torch.stack([loss, right]).cpu().double().numpy()
 
-    def result(self, loss: Tensor, right: Tensor, entropy: Tensor) -> ExamResult:
-        loss, right, entropy = (x.double().cpu().numpy() for x in (loss, right, entropy))
-        return ExamResult(loss, right, entropy, self.window, self.band, len(self.texts))
+    def per_window(self, answers: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns what `exam_metrics` takes: right and count, (n, 3), and log_likelihood, (n,)."""
+        n = len(self.texts)
+        right = np.bincount(self.cell, answers[1], minlength=3 * n).astype(int)
+        count = np.bincount(self.cell, minlength=3 * n)
+        return {"right": right.reshape(n, 3), "count": count.reshape(n, 3),
+                "log_likelihood": -np.bincount(self.cell // 3, answers[0], minlength=n)}
+
+    def metrics(self, answers: np.ndarray) -> dict[str, float]:
+        """Returns `exam_metrics`."""
+        return exam_metrics(**self.per_window(answers))
 
 
-def exam_table(results: dict[str, ExamResult]) -> str:
-    """Returns the summary's table, a line for each name."""
+def entropy_line(answers: np.ndarray) -> str:
+    """Says how far a model's entropies differ, and whether they go with its mistakes: what a
+    strategy that ranks positions by them has to work with. answers: of `Exam.take`."""
+    loss, _, entropy = answers
+    ranks = [values.argsort().argsort() for values in (loss, entropy)]
+    spearman = np.corrcoef(ranks)[0, 1] if len(loss) > 1 else 0.0
+    return (f"entropy of hidden held-out tokens: sd {entropy.std():.2f} nats, "
+            f"Spearman with the loss {spearman:.2f}")
+
+
+def exam_table(rows: dict[str, dict]) -> str:
+    """Returns the summary's table: a line for each name and its `exam_metrics`."""
     title, heads = "held-out text, random positions, all [MASK]", ("accuracy", *BANDS)
     lines = [f"{title:<44}  loss (nats)" + "".join(f"{head:>10}" for head in heads)]
-    for name, result in results.items():
-        metrics = result.metrics()
+    for name, metrics in rows.items():
         shares = "".join(f"{metrics[head]:>10.1%}" for head in heads)
         lines.append(f"  {name:<42}{-metrics['log_likelihood']:>13.2f}{shares}")
     return "\n".join(lines)
@@ -597,27 +579,21 @@ def load_models(args: Namespace):
     elif wanted and not teacher_dir:
         teacher_dir = train_teacher(args)
     torch.manual_seed(args.seed)  # of a masked-LM head that --init may lack
-    init = teacher = init_pieces = teacher_pieces = None
+    init = teacher = tokenizer = None
     if args.init:
-        init, init_pieces = load_pretrained(args.init, "mlm", dropout=args.dropout,
-                                            whole=args.init == teacher_dir)
-        check_fits("--init", init, init_pieces, args)
-    if teacher_dir and teacher_dir == args.init:
-        teacher, teacher_pieces = copy.deepcopy(init), init_pieces
-    elif teacher_dir:
-        teacher, teacher_pieces = load_pretrained(teacher_dir, "mlm", whole=True)
+        init, tokenizer = load_pretrained(args.init, "mlm", dropout=args.dropout,
+                                          whole=args.init == teacher_dir)
+        check_fits("--init", init, tokenizer, args)
+    if teacher_dir:
+        teacher, pieces = load_pretrained(teacher_dir, "mlm", whole=True)
         if args.teacher:
-            check_fits("--teacher", teacher, teacher_pieces, args)
-    if teacher and init:
-        sizes = [pieces.get_vocab_size() for pieces in (teacher_pieces, init_pieces)]
-        if teacher_pieces.get_vocab() != init_pieces.get_vocab():
-            raise InputError(f"teacher has {sizes[0]:,} word pieces, --init {sizes[1]:,}, and they "
-                             "are not the same: choose another of the two")
-        sizes = [model.config.vocab_size for model in (teacher, init)]
-        if sizes[0] != sizes[1]:
-            raise InputError(f"the teacher predicts {sizes[0]:,} word pieces, --init {sizes[1]:,}: "
-                             "choose another of the two")
-    return init, teacher, init_pieces or teacher_pieces, teacher_dir
+            check_fits("--teacher", teacher, pieces, args)
+        sizes = [model.config.vocab_size for model in (teacher, init or teacher)]
+        if init and (sizes[0] != sizes[1] or pieces.get_vocab() != tokenizer.get_vocab()):
+            raise InputError(f"the teacher predicts {sizes[0]:,} word pieces, --init {sizes[1]:,}, "
+                             "and they are not the same: choose another of the two")
+        tokenizer = pieces
+    return init, teacher, tokenizer, teacher_dir
 
 
 def check_fits(option: str, model: BertForMaskedLM, pieces: Tokenizer, args: Namespace):
@@ -640,11 +616,7 @@ def train_teacher(args: Namespace) -> str:
             f"{args.steps:,} (the bar shows the time left). It is kept in {teacher.out}, and later "
             "runs find it there. --teacher RUN uses another model instead, --teacher-steps N makes "
             "it shorter.")
-        try:
-            pretrain(teacher)
-        except Stopped as stop:
-            stop.options = None  # the user's own command goes on with the teacher, and then with
-            raise  # what was asked for
+        pretrain(teacher)
     barrier()  # rank 0 has written the model
     return teacher.out
 
@@ -652,9 +624,9 @@ def train_teacher(args: Namespace) -> str:
 def teacher_args(args: Namespace) -> Namespace:
     """Returns the arguments of the run that makes the automatic teacher: this run's, with random
     masks and a seed of its own. Everything that decides its weights is in its directory's name."""
-    changed = {"masking": "random", "mask_rate": TEACHER_MASK_RATE, "steps": args.teacher_steps,
-               "corruption": TEACHER_CORRUPTION, "kd_weight": 0.0, "student_init": "random",
-               # No student's: with the same seed it would have the same weights, order and masks.
+    changed = {"masking": "random", "mask_rate": 0.3, "steps": args.teacher_steps,
+               "corruption": [0.8, 0.1, 0.1], "kd_weight": 0.0, "student_init": "random",
+               # A student with this seed would start from the same weights and see the same masks.
                "seed": 2 ** 32 + args.teacher_seed}
     teacher = Namespace(**vars(args) | changed)
     decides = ("mask_rate", "corruption", "seed", "corpus_fraction", "vocab_size", "preset",
@@ -703,7 +675,8 @@ def cached_entropies(teacher: BertForMaskedLM, teacher_weights: str, texts: Text
         table = entropy_table(teacher, texts, args.entropy_input, rate, bf16)
         return {"entropy": table.cpu().numpy()}
 
-    return torch.from_numpy(cached("entropy", key, build)["entropy"]).to(device)
+    with rank_zero_first():
+        return torch.from_numpy(cached("entropy", key, build)["entropy"]).to(device)
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -722,21 +695,18 @@ def read_corpus(names: list[str], fraction: float) -> tuple[list[list[str]], lis
     """Returns (training documents, held-out documents). `fraction` keeps that share of the training
     documents, always the same ones, and leaves the held-out ones alone. WikiText brings held-out
     documents of its own. Raises InputError where there is not enough text."""
-    documents, wikitext, held_out = [], [], []
-    for name in names:
-        if name == "docs":
-            documents += python_docs()
+    documents = python_docs() if "docs" in names else []
+    training, held_out = [], []  # WikiText's
     for path in progress(corpus_files(names), "reading the corpus"):
-        kind = {"wiki.train.raw": wikitext, "wiki.valid.raw": held_out}.get(path.name, documents)
-        kind += [document for document in read_documents(path) if any(document)]
-    documents = [document for document in documents if any(document)]
-    if len(documents) == 1 and not wikitext:  # one long text: cut it by paragraphs
+        part = {"wiki.train.raw": training, "wiki.valid.raw": held_out}.get(path.name, documents)
+        part.extend(read_documents(path))
+    if len(documents) == 1 and not training:  # one long text: cut it by paragraphs
         documents = [[paragraph] for paragraph in documents[0]]
-    if len(documents + wikitext) < 2:
+    if len(documents + training) < 2:
         raise InputError(f"--corpus {' '.join(names)} has fewer than two paragraphs of text: give "
                          "more")
     held_out += documents[::20]
-    training = wikitext + [document for i, document in enumerate(documents) if i % 20]
+    training += [document for i, document in enumerate(documents) if i % 20]
     random.Random(0).shuffle(training)
     return training[:math.ceil(fraction * len(training))], held_out
 
@@ -748,20 +718,17 @@ def python_docs() -> list[list[str]]:
     skip = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo",
             "pydoc_data"}
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    documents = []
+    texts = []
     for path in progress(sorted(root.rglob("*.py")), "reading Python's docstrings"):
-        if not skip.isdisjoint(path.relative_to(root).parts):
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in old modules
-            tree = ast.parse(path.read_bytes())
-        nodes = [node for node in ast.walk(tree) if isinstance(node, holders)]
-        documents.append([ast.get_docstring(node) or "" for node in nodes])
+        if skip.isdisjoint(path.relative_to(root).parts):
+            nodes = ast.walk(ast.parse(path.read_bytes()))
+            found = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, holders)]
+            texts.append("\n\n".join(found))
     with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
-        documents += [[topic] for topic in topics.values()]
-    joined = ["\n\n".join(texts) for texts in documents]
-    return [[" ".join(part.split()) for part in text.split("\n\n")] for text in joined]
+        texts += topics.values()
+    documents = [[" ".join(part.split()) for part in text.split("\n\n")] for text in texts]
+    return [document for document in documents if any(document)]
 
 
 def corpus_files(names: list[str]) -> list[Path]:
@@ -811,63 +778,56 @@ def read_documents(path: Path) -> list[list[str]]:
         parts = re.split(r"\n(?= = [^=])", text)
     else:
         parts = re.split(r"\n\s*\n", text)
-    return [[line.strip() for line in part.split("\n") if line.strip()] for part in parts]
+    documents = [[line.strip() for line in part.split("\n") if line.strip()] for part in parts]
+    return [document for document in documents if document]
 
 
 def json_text(path: Path, i: int, line: str) -> str:
     """Returns the `text` of line i of a .jsonl file. Raises InputError where there is none."""
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise InputError(f"{path}, line {i}: no JSON object with a \"text\": correct that line")
-    return text
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        if isinstance(text := json.loads(line)["text"], str):
+            return text
+    raise InputError(f"{path}, line {i}: no JSON object with a \"text\": correct that line")
 
 
 def read_text(path: Path) -> str:
     """Returns a UTF-8 file's text, with or without a byte-order mark, with any line ends. Raises
     InputError on what is not text."""
-    data = path.read_bytes()
-    if b"\0" in data:
-        raise InputError(f"{path} is binary (a zero byte at offset {data.index(0)}): give plain "
-                         "UTF-8 text")
     try:  # not "utf-8-sig", whose errors count bytes from behind the mark
-        text = data.decode("utf-8").removeprefix("\ufeff")
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte offset {error.start}): convert it "
                          "first") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in text:
+        raise InputError(f"{path} is binary (it holds a zero byte): give plain UTF-8 text")
+    return text
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
     """Sees to it that the file at `url` is at `path`, and returns path. The file appears there only
     when its sha256 is right; one that is there already is checked too. Raises InputError, saying
     which file to put where."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, ValueError, RuntimeError) as error:  # no network, a bad address, the hash
-            raise InputError(f"could not fetch {url} ({error}): put that file at {path} "
-                             "yourself") from None
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise InputError(f"{path} has sha256 {found[:12]}..., expected {sha256[:12]}...: delete "
-                         f"it, or put the right file from {url} there")
+    if path.exists():
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise InputError(f"{path} has sha256 {found[:12]}..., expected {sha256[:12]}...: "
+                             f"delete it, or put the right file from {url} there")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except (OSError, ValueError, RuntimeError) as error:  # no network, a bad address, the hash
+        raise InputError(f"could not fetch {url} ({error}): put that file at {path} "
+                         "yourself") from None
     return path
 
 
 def unpack(archive: Path, folder: Path):
-    """Unpacks a .zip into `folder`, whole or not at all; members that lead out of it are left out.
-    Raises InputError on a damaged archive."""
+    """Unpacks a .zip whose sha256 is right into `folder`: what an interruption leaves there is no
+    file cut short. Members that lead out of the folder are left out."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        try:
-            shutil.unpack_archive(archive, temporary)
-        except (shutil.ReadError, zipfile.BadZipFile) as error:
-            raise InputError(f"{archive} is not a sound .zip ({error}): delete it and try "
-                             "again") from None
+        shutil.unpack_archive(archive, temporary)
         shutil.copytree(temporary, folder, dirs_exist_ok=True, copy_function=os.replace)
 
 
@@ -914,7 +874,7 @@ class Texts:
 
     @functools.cached_property
     def digest(self) -> str:
-        """What tells these texts from others."""
+        """sha256 of the token ids, which tells these texts from others."""
         return hashlib.sha256(self.input_ids.cpu().numpy().tobytes()).hexdigest()
 
     def token_counts(self) -> Tensor:
@@ -930,14 +890,16 @@ def trained_tokenizer(args: Namespace, read) -> Tokenizer:
     key = [corpus_state(args.corpus), args.corpus_fraction, size]
 
     def build():
-        return {"tokenizer": np.array(train_tokenizer(read()[0], size).to_str())}
+        tokenizer = train_tokenizer(read()[0], size)
+        tokenised_windows(args, tokenizer, read)  # a corpus that is too short leaves nothing behind
+        return {"tokenizer": np.array(tokenizer.to_str())}
 
     return Tokenizer.from_str(str(cached("vocabulary", key, build)["tokenizer"]))
 
 
 def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
     """Returns a lower-case WordPiece vocabulary of the documents; the same one every time."""
-    # Training takes the square of a word's length: what no one wrote as a word is cut.
+    # The time grows with the square of a word's length: cut what is too long to be a word.
     unbroken = re.compile(r"\S{1000}")
     texts = [unbroken.sub(r"\g<0> ", text) for document in documents for text in document]
     tokenizer, letters = wordpiece_tokenizer({}), Counter()
@@ -980,14 +942,10 @@ def pack(documents: list[list[str]], tokenizer: Tokenizer, seq_len: int, name: s
     dropped."""
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     stream = []
-    for start in progress(range(0, len(documents), 256), f"tokenising {name}"):
-        block = documents[start:start + 256]
-        texts = [paragraph for document in block for paragraph in document]
-        pieces = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        for document in block:
-            for _ in document:
-                stream.append(np.array(next(pieces).ids, dtype=np.int32))
-            stream.append(np.array([sep], dtype=np.int32))
+    for document in progress(documents, f"tokenising {name}"):
+        for pieces in tokenizer.encode_batch_fast(document, add_special_tokens=False):
+            stream.append(np.array(pieces.ids, dtype=np.int32))
+        stream.append(np.array([sep], dtype=np.int32))
     tokens = np.concatenate(stream)
     inner = seq_len - 2
     body = tokens[:len(tokens) // inner * inner].reshape(-1, inner)  # (n, seq_len - 2)
@@ -999,20 +957,17 @@ def cached(kind: str, key: object, build) -> dict[str, np.ndarray]:
     damaged file is built again; of two processes that build the same file, either may win."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = CACHE / f"{kind}-{name}.npz"
-    with rank_zero_first():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            log.warning("%s is damaged: building it again", path)
-        arrays = build()
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        if rank() == 0:
-            write_atomic(path, buffer.getvalue())
-        return arrays
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        log.warning("%s is damaged: building it again", path)
+    buffer, arrays = io.BytesIO(), build()
+    np.savez(buffer, **arrays)
+    write_atomic(path, buffer.getvalue())
+    return arrays
 
 
 # --- data-parallel --------------------------------------------------------------------------------
@@ -1041,7 +996,7 @@ def barrier():
 
 @contextlib.contextmanager
 def rank_zero_first():
-    """Rank 0 goes through the block first, and makes a file, say; the others find it there."""
+    """Rank 0 goes through the block first and makes caches; the others find them there."""
     if rank() > 0:
         barrier()
     yield
@@ -1051,7 +1006,7 @@ def rank_zero_first():
 
 @contextlib.contextmanager
 def connected_ranks(device: torch.device):
-    """The ranks are connected while the block runs."""
+    """Connects the ranks while the block runs."""
     if world_size() > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -1136,13 +1091,12 @@ class RunDirectory:
     def restore(self, trainer: Trainer, provenance: dict) -> dict:
         """Loads the checkpoint, if there is one yet, and cuts the logs back. Returns what `save`
         got. Raises InputError on a damaged one, and where windows or teacher have changed."""
-        stored = read_json(self.path / "train_args.json")
+        stored, state = read_json(self.path / "train_args.json"), {}
         for name, what in (("windows", "the corpus or its vocabulary"),
                            ("teacher_weights", "the teacher")):
             if stored.get(name) != provenance[name]:
                 raise InputError(f"{self.path}: {what} is not the one that this run was started "
                                  "with: bring it back, or delete that folder and start a new run")
-        state = {}
         if self.checkpoint_path.exists():
             try:
                 state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
@@ -1156,21 +1110,19 @@ class RunDirectory:
         return state
 
 
-def new_directory(args: Namespace) -> Path:
+def new_directory(args: Namespace) -> str:
     """Makes and returns --out, or else the first free of runs/entropy, runs/entropy_2, ..."""
     found = [args.out]
     if not args.out and rank() == 0:
         stem = "runs/" + strategy_label(args.masking) + ("-kd" if args.kd_weight else "")
-        names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
-        for name in names:
+        for name in itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2))):
             with contextlib.suppress(FileExistsError):
                 Path(name).mkdir(parents=True)  # of two runs that begin at once, one gets it
                 found = [name]
                 break
     if world_size() > 1:
         dist.broadcast_object_list(found)  # rank 0 chose
-    Path(found[0]).mkdir(parents=True, exist_ok=True)
-    return Path(found[0])
+    return found[0]
 
 
 def versions() -> dict[str, str | None]:
@@ -1184,40 +1136,38 @@ def versions() -> dict[str, str | None]:
 
 
 class Stopped(SystemExit):
-    """A signal ended the run after it had saved. options: the command line that goes on with it,
-    None for the one that the user gave."""
+    """A signal ended the run in the directory `out` after it had saved."""
 
-    def __init__(self, number_of_signal: int, step: int, path: Path):
+    def __init__(self, number_of_signal: int, step: int, out: str):
         super().__init__(128 + number_of_signal)  # as a shell reports it
-        self.step, self.options = step, ["--resume", str(path)]
+        self.step, self.out = step, out
 
 
-class Signals:
-    """Remembers SIGINT or SIGTERM, so that the step under way can be finished and saved."""
-
-    def __enter__(self):
-        self.received = 0
-        self.before = {number: signal.signal(number, self.remember)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def remember(self, number, _):
-        self.received = number
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+@contextlib.contextmanager
+def caught_signals():
+    """Collects SIGINT and SIGTERM in the list that it gives, so that the step under way can be
+    finished and saved."""
+    received = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def agreed(self, step: int, device: torch.device) -> int:
-        """Returns the signal that any rank has received, 0 for none; the same on every rank. Ranks
-        have to wait for the answer, so they ask one another in every tenth step only."""
-        if world_size() == 1:
-            return self.received
-        if step % 10:
-            return 0
-        number = torch.tensor(self.received, device=device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+
+def agreed_signal(received: list[int], step: int, device: torch.device) -> int:
+    """Returns a signal that any rank has received, 0 for none; the same on every rank. Ranks have
+    to wait for the answer, so they ask one another in every tenth step only."""
+    mine = max(received, default=0)
+    if world_size() == 1:
+        return mine
+    if step % 10:
+        return 0
+    number = torch.tensor(mine, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -1231,8 +1181,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("masking").add_argument
     add("--masking", default="random", type=strategy_name, metavar="STRATEGY",
         help=f"{', '.join(STRATEGIES)}, or FILE.py:CLASS of your own")
-    add("--mask-rate", type=number(float, above=0, below=1), default=0.3,
-        help="the budget, a fraction of the ordinary tokens")
+    add("--mask-rate", type=number(float, above=0, below=1), default=0.3, help="the budget")
     add("--corruption", type=fraction, nargs=3, default=[0.8, 0.1, 0.1],
         metavar=("MASK", "SWAP", "KEEP"),
         help="shares of the chosen tokens that become [MASK], become a random token, stay")
@@ -1269,8 +1218,8 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=list(PRESETS), default="tiny", help="size of a fresh model")
-    add("--plain-start", action="store_true", help="a fresh model starts as BERT's does, without "
-        "the positions and keys that make it attend to neighbours")
+    add("--plain-start", action=BooleanOptionalAction, default=False,
+        help="start a fresh model as BERT does, not with attention to neighbours")
     add("--init", metavar="MODEL", help="start from this run, Hugging Face directory or hub name")
     add("--dropout", type=fraction, default=0.0, help="0 suits short runs; BERT has 0.1")
 
@@ -1288,7 +1237,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--bf16", action=BooleanOptionalAction, help="default: on a GPU that has it")
-    add("--compile", action="store_true", help="torch.compile the encoder and the head")
+    add("--compile", action=BooleanOptionalAction, default=False, help="torch.compile the model")
     add("--out", metavar="RUN", help="default: runs/STRATEGY, or the first free runs/STRATEGY_N")
     add("--resume", metavar="RUN", help="go on with this run, with its own arguments")
     add("--log-every", type=count, default=100, metavar="STEPS")
@@ -1310,12 +1259,9 @@ def parse_args(argv=None) -> Namespace:
         for key in sorted(set(vars(args)) - MAY_CHANGE):
             given, before = getattr(args, key), getattr(stored, key)
             if given != before:
-                advice = "drop it, or start a new run"
-                if key == "steps":
-                    advice = ("its learning rate falls to zero at that step. To train for longer, "
-                              f"start a new run from its weights: --init {args.resume} --steps N")
                 raise InputError(f"--{key.replace('_', '-')} is {given}, but {args.resume} was "
-                                 f"started with {before}: {advice}")
+                                 f"started with {before}: drop it, or start a new run from its "
+                                 f"weights: --init {args.resume}")
         args.out = args.resume
     check_together(args)
     return args
@@ -1331,19 +1277,19 @@ def stored_args(run: Path) -> Namespace:
     if stored.get("ranks", world_size()) != world_size():
         raise InputError(f"--resume {run}: it was started with {stored['ranks']} ranks, here are "
                          f"{world_size()}: each rank draws masks of its own, so use as many")
+    for key in vars(parser.parse_args([])):
+        value, name = stored.get(key), key.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            options += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            options.append(f"--{name}={value}")
 
     def refuse(message):
         raise InputError(f"{path}: {message}: copy it again, or start a new run")
 
     parser.error = refuse
-    for action in parser._actions:
-        value, option = stored.get(action.dest), action.option_strings[0]
-        if isinstance(value, bool):  # --bf16, --no-bf16; --compile or nothing
-            options += [name for name in action.option_strings if name.startswith("--no-") != value]
-        elif isinstance(value, list):
-            options += [option, *map(str, value)]
-        elif value is not None:
-            options.append(f"{option}={value}")
     return parser.parse_args(options)
 
 
@@ -1370,12 +1316,6 @@ def check_together(args: Namespace):
     pick_device(args.device)
 
 
-def command_line(options: list[str]) -> str:
-    """Returns what to type for these options, with as many ranks as here."""
-    program = "python" if world_size() == 1 else f"torchrun --nproc_per_node={world_size()}"
-    return f"{program} train.py {shlex.join(options)}"
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
@@ -1383,8 +1323,12 @@ def main(argv=None):
         with connected_ranks(pick_device(args.device)):
             pretrain(args)
     except Stopped as stop:  # the ranks have parted, so that this is the last thing on the screen
+        # In the teacher's training, the same command goes on with the teacher and then this run.
+        options = ["--resume", stop.out] if stop.out == args.out else argv
+        ranks = world_size()
+        program = "python" if ranks == 1 else f"torchrun --nproc_per_node={ranks}"
         say(f"stopped after step {stop.step} and saved; to go on: "
-            f"{command_line(stop.options or argv)}")
+            f"{program} train.py {shlex.join(options)}")
         raise
     except torch.cuda.OutOfMemoryError:
         raise RunError(f"the GPU's memory is full at --batch-size {args.batch_size}, --seq-len "

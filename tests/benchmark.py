@@ -8,7 +8,6 @@ Parts: steps, profile, masking, memory, finetuning (wants $GLUE_DIR), gpu (wants
 said so. A ratio above 1 means that ours is faster, or that a strategy costs more than random masking.
 """
 import argparse
-import itertools
 import os
 import platform
 import resource
@@ -297,7 +296,8 @@ def finetuning(device="cpu"):
     def our_epoch():
         batches = glue.bucketed_batches(data.lengths, 16, np.random.default_rng(0))
         with glue.tqdm(disable=True) as bar:
-            glue.train_epoch(ours, data, batches, optimizers[0], enumerate(itertools.repeat(5e-5), 1), bar)
+            constant = torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda _: 1.0)
+            glue.train_epoch(ours, data, batches, optimizers[0], constant, bar)
 
     def their_epoch():
         theirs.train()

@@ -333,7 +333,7 @@ def test_frequency_alone_by_hand():
     exam = train.Exam(texts, counts)
     words = torch.cat([batch.input_ids[mask] for batch, mask in exam.questions]).tolist()
     expected = np.mean([math.log({10: 0.45, 11: 0.02, 12: 0.01}[word]) for word in words])
-    metrics = exam.frequency_alone().metrics()
+    metrics = exam.metrics(exam.frequency_alone())
     assert metrics["log_likelihood"] == pytest.approx(expected, rel=1e-6) and len(words) > 4
     assert metrics["accuracy"] == pytest.approx(words.count(10) / len(words))
 
@@ -341,7 +341,7 @@ def test_frequency_alone_by_hand():
 def test_the_exam_is_the_mean_over_fixed_positions_all_masked(model):
     texts = numbered_texts(n=70)
     exam = train.Exam(texts, texts.token_counts())
-    metrics = exam.take(model).metrics()
+    metrics = exam.metrics(exam.take(model))
     losses, right = [], []
     for batch, mask in exam.questions:
         with torch.no_grad():
@@ -350,7 +350,8 @@ def test_the_exam_is_the_mean_over_fixed_positions_all_masked(model):
         right += (logits.argmax(-1) == batch.input_ids[mask]).tolist()
     assert metrics["log_likelihood"] == pytest.approx(-np.mean(losses), rel=1e-5)
     assert metrics["accuracy"] == pytest.approx(np.mean(right))
-    assert metrics == train.Exam(texts, texts.token_counts()).take(model).metrics()
+    again = train.Exam(texts, texts.token_counts())
+    assert metrics == again.metrics(again.take(model))
 
 
 def test_bands_by_hand_and_they_sum_up_to_the_whole(model):
@@ -360,11 +361,13 @@ def test_bands_by_hand_and_they_sum_up_to_the_whole(model):
     assert train.frequency_bands(training, held_out).tolist() == [0, 1, 1, 2, 2, 2]
     assert train.frequency_bands(training.flip(0), held_out.flip(0)).tolist() == [2, 2, 2, 1, 1, 0]
     texts = numbered_texts(n=70)
-    result = train.Exam(texts, texts.token_counts()).take(model)
-    rows = {name: np.array(part) for name, part in result.per_window().items()}
+    exam = train.Exam(texts, texts.token_counts())
+    answers = exam.take(model)
+    loss, right, _ = answers
+    rows = exam.per_window(answers)
     assert rows["count"].shape == rows["right"].shape == (70, 3)
-    assert rows["count"].sum() == len(result.loss) and rows["right"].sum() == result.right.sum()
-    assert rows["log_likelihood"].sum() == pytest.approx(-result.loss.sum())
+    assert rows["count"].sum() == len(loss) and rows["right"].sum() == right.sum()
+    assert rows["log_likelihood"].sum() == pytest.approx(-loss.sum())
     metrics, asked = train.exam_metrics(**rows), rows["count"].sum(0)
     bands = np.array([metrics[name] for name in train.BANDS])
     assert metrics["accuracy"] == pytest.approx((bands * asked).sum() / asked.sum())
@@ -378,7 +381,7 @@ def test_a_window_counts_its_own_answers():
     counts = torch.zeros(60)
     counts[10], counts[11] = 9, 1
     exam = train.Exam(texts, counts)
-    rows = exam.frequency_alone().per_window()
+    rows = exam.per_window(exam.frequency_alone())
     asked = [int(mask.sum()) for mask in exam.questions[0][1]]
     assert [sum(row) for row in rows["count"]] == asked
     assert [sum(row) for row in rows["right"]] == [asked[0], 0]
@@ -388,8 +391,7 @@ def test_a_window_counts_its_own_answers():
 def test_the_entropy_line_by_hand():
     """Losses ranked 1 2 3 4, entropies 1 3 2 4: Spearman 1 - 6 * 2 / (4 * 15) = 0.8."""
     loss, entropy = np.array([0.1, 0.2, 0.3, 9.0]), np.array([1.0, 3.0, 2.0, 4.0])
-    zeros = np.zeros(4, dtype=int)
-    line = train.ExamResult(loss, zeros, entropy, zeros, zeros, windows=1).entropy_line()
+    line = train.entropy_line(np.array([loss, np.zeros(4), entropy]))
     assert "sd 1.12 nats, Spearman with the loss 0.80" in line
 
 
@@ -828,7 +830,8 @@ for step in range(20):
     fixed = torch.rand(texts.input_ids.shape, generator=torch.Generator().manual_seed(step)) < 0.3
     one.strategy.mask = lambda batch, generator: fixed[batch.index] & batch.maskable
     results = one.step(step)
-exam = train.Exam(texts, texts.token_counts()).take(model).metrics()
+exam = train.Exam(texts, texts.token_counts())
+exam = exam.metrics(exam.take(model))
 torch.save({{"model": model.state_dict(), "strategy": one.strategy.state_dict(), "exam": exam,
             "results": results}},
            f"{out}-{{train.world_size()}}-{{train.rank()}}.pt")
