@@ -686,7 +686,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             whole = all(type(n) is int and n >= 0 for n in (first, last, *shape))
             fits = whole and first == end and last - first == math.prod(shape) * dtype.itemsize
             if not fits or start + last > len(data):
-                raise ValueError(f"{name}: shape {shape}, bytes {first} to {last} do not fit")
+                raise ValueError(f"the shape and offsets of {name} do not fit together")
             raw = data[start + first:start + last]
             flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
             tensors[name], end = flat.reshape(shape), last
