@@ -492,7 +492,6 @@ def adapt(model: nn.Module, tokenizer, train: Encoded, args: Namespace, bf16: bo
     recipe = Recipe(
         steps=args.adapt_epochs * steps_per_epoch, batch_size=args.adapt_batch_size,
         lr=args.adapt_lr, weight_decay=args.weight_decay, corruption=tuple(args.corruption),
-        strategy_start=0.0,  # no random masks first: this model knows the language already
         seed=args.seed, bf16=bf16)
     title = f"{args.task}, adapting by {strategy_label(args.adapt)}"
     results = run_steps(Trainer(mlm, texts, strategy, recipe), title)

@@ -378,7 +378,6 @@ class Strategy:
     """One way to choose. A new strategy is a class with a `mask` method; the rest is optional."""
     needs_teacher = False  # reads context.teacher_entropy
     wants_gradient = False  # `observe` wants to be called
-    start = 0.0  # random masking before this fraction of the steps, unless the user says otherwise
     select = "high"  # as in `entropy_mask`, unless the user says otherwise
     scores: Tensor | None = None  # (B, L) by which the last `mask` decided, NaN where it had none
 
@@ -422,10 +421,9 @@ class WholeWord(Strategy):
 class Entropy(Strategy):
     """`entropy_mask` by a frozen teacher's entropies, which never change and are looked up.
 
-    `mixed` and a late start, because a small model that must guess the most uncertain tokens from
-    the first step on does not learn the common words (README)."""
+    `mixed`, because a small model that must guess nothing but the most uncertain tokens does not
+    learn the common words (README)."""
     needs_teacher = True
-    start = 0.5
     select = "mixed"
 
     def mask(self, batch, generator=None):
@@ -486,8 +484,11 @@ class TyphoonStrategy(Strategy):
 class Rarity(Strategy):
     """`entropy_mask` by rarity, −ln f of a token's frequency f in the corpus, in nats.
 
-    The control for [E] (ours): where entropy masking does no better than rarity masking, entropy
-    only found the rare words. A type that never occurs is as rare as one that occurs once."""
+    The control for [E] (ours), so it selects as `Entropy` does: where entropy masking does no
+    better than rarity masking, entropy only found the rare words. A type that never occurs is as
+    rare as one that occurs once."""
+    select = Entropy.select
+
     def __init__(self, context):
         super().__init__(context)
         counts = context.token_counts
