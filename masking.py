@@ -27,12 +27,13 @@ import argparse
 import functools
 import html
 import importlib.util
+import itertools
 import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ def select_positions(scores: Tensor, maskable: Tensor, k: Tensor, select: str,
     if select == "sample":
         # The Gumbel trick: −ln(−ln U) is Gumbel noise, and the k largest of ln H + noise are
         # distributed like k draws one after another, each in proportion to H among what is left.
-        tiny = 1e-20  # keeps logarithms finite
+        tiny = 1e-20  # where a draw or an entropy is 0, the logarithm stays finite
         noise = -(-uniform(scores, generator).clamp(min=tiny).log()).log()
         return top_k(scores.clamp(min=tiny).log() + noise, maskable, k)
     raise ValueError(f"unknown select {select!r}: high, low, mixed or sample")
@@ -204,7 +205,7 @@ def hidden_entropy(model, batch: "Batch", rate: float, mask_token_id: int,
     another, in as many passes. Returns (B, L) in nats, 0 where nothing is maskable."""
     groups = math.ceil(1 / rate)
     # A random order with the maskable positions first. The argsort of an order is each one's rank.
-    draws = uniform(batch.maskable, generator).masked_fill(~batch.maskable, 2)
+    draws = uniform(batch.maskable, generator).masked_fill(~batch.maskable, 2)  # 2: behind U[0, 1)
     rank = draws.argsort(dim=1, stable=True).argsort(dim=1)  # (B, L)
     entropy = torch.zeros(rank.shape, device=rank.device)
     for group in range(groups):
@@ -218,10 +219,11 @@ def hidden_entropy(model, batch: "Batch", rate: float, mask_token_id: int,
 
 def embedding_saliency(embedding_grad: Tensor, embedding_weight: Tensor,
                        token_ids: Tensor) -> Tensor:
-    """Returns ∂L/∂onehot(x_i)[v] at v = token_ids_i: how the loss moves with that one-hot entry.
+    """Returns ∂L/∂onehot(x_i)[v] at v = token_ids_i: how the loss changes with that one-hot entry.
 
-    The embedding is e_i = onehot(x_i) W, so it is ⟨∂L/∂e_i, W_v⟩ ([T]): a dot product a token, and
-    the (B, L, V) one-hot tensor is never built.
+    x_i is what the model read at position i, token_ids_i the original token there. The embedding is
+    e_i = onehot(x_i) W, so the derivative is ⟨∂L/∂e_i, W_v⟩ ([T]): one dot product for each token,
+    without a (B, L, V) one-hot tensor.
     embedding_grad (B, L, H), embedding_weight (V, H), token_ids (B, L) -> (B, L)."""
     embeddings = F.embedding(token_ids, embedding_weight.detach())  # (B, L, H)
     return (embedding_grad.float() * embeddings).sum(-1)  # in float32, also under bf16
@@ -253,11 +255,11 @@ class Typhoon:
 
     def accumulate(self, original_ids: Tensor, dot: Tensor, maskable: Tensor,
                    masked: Tensor | None = None):
-        """Adds a batch to the sums of the step under way.
+        """Adds a batch to the sums of the current step.
 
         original_ids (B, L): the text before corruption; dot (B, L): `embedding_saliency` at those
-        ids, unsigned; maskable (B, L) bool; masked (B, L) bool: True where the model did not see
-        the token, None if it saw all. The saliency s is −dot where visible, +dot where masked."""
+        ids; maskable (B, L) bool; masked (B, L) bool: True where the model did not see the token,
+        None if it saw all. A token's saliency s is −dot where visible, +dot where masked ([T])."""
         V = len(self.weight)
         masked = torch.zeros_like(maskable) if masked is None else masked
         s = torch.where(masked, dot, -dot).to(self.totals.dtype) * maskable  # (B, L)
@@ -297,7 +299,8 @@ class Typhoon:
         """
         low = self.weight.masked_fill(~self.seen, math.inf).min()
         high = self.weight.masked_fill(~self.seen, -math.inf).max()
-        scalable = self.seen & (high > low)  # with one type seen there is nothing to scale
+        # With fewer than two different weights there is nothing to scale: ŵ is 1 for every type.
+        scalable = self.seen & (high > low)
         scaled = torch.where(scalable, (self.weight - low) / (high - low), 1)  # ŵ, (V,)
         u = 1 - self.spread + self.spread * scaled  # (V,), in [1 − σ, 1]
 
@@ -317,18 +320,8 @@ class Typhoon:
     def mask(self, input_ids: Tensor, maskable: Tensor,
              generator: Generator = None) -> Tensor:
         """Returns a mask that takes each token independently, at its type's rate. (B, L) bool."""
-        self.used = self.rates()[input_ids]  # (B, L), for whoever asks why
+        self.used = self.rates()[input_ids]  # (B, L), kept for the demo
         return (uniform(maskable, generator) < self.used) & maskable
-
-
-# --- rarity ---------------------------------------------------------------------------------------
-
-def rarity(token_counts: Tensor) -> Tensor:
-    """Returns −ln f(v) for every type, f its frequency in the corpus. (V,) -> (V,), nats.
-
-    The control for [E] (ours): where entropy masking does no better than rarity masking, entropy
-    only found the rare words. A type that never occurs is as rare as one that occurs once."""
-    return -(token_counts.clamp(min=1) / token_counts.sum()).log()
 
 
 # --- corruption -----------------------------------------------------------------------------------
@@ -489,12 +482,17 @@ class TyphoonStrategy(Strategy):
 
 
 class Rarity(Strategy):
-    """`entropy_mask` with the rarity of each token in the place of its entropy, selected alike."""
-    select = "mixed"
+    """`entropy_mask` by rarity, −ln f of a token's frequency f in the corpus, in nats.
+
+    The control for [E] (ours), so it selects as `Entropy` does: where entropy masking does no
+    better than rarity masking, entropy only found the rare words. A type that never occurs is as
+    rare as one that occurs once."""
+    select = Entropy.select
 
     def __init__(self, context):
         super().__init__(context)
-        self.rarity = rarity(context.token_counts)  # (V,)
+        counts = context.token_counts
+        self.rarity = -(counts.clamp(min=1) / counts.sum()).log()  # (V,)
 
     def mask(self, batch, generator=None):
         self.scores = self.rarity[batch.input_ids]  # (B, L)
@@ -562,29 +560,27 @@ def strategy_label(name: str) -> str:
 
 # --- the demo -------------------------------------------------------------------------------------
 
-class Cell(NamedTuple):
-    """What one strategy does with one word piece."""
-    masked: bool
-    number: str  # the score that decided, "" where there was none
-    heat: float  # that score scaled to [0, 1] over the text
-
-
 def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
-         names: Iterable[str]) -> tuple[list[str], dict[str, list[Cell]]]:
-    """Returns the L word pieces of a text, and by each strategy's label what it does with them.
+         names: Iterable[str]) -> tuple[list[str], dict[str, list]]:
+    """Returns the L word pieces of a text, and by each strategy's label its L `cells`.
 
     Raises InputError where the text has no word to mask."""
-    ids = tokenizer.encode(text).ids[:model.config.max_position_embeddings]
-    vocabulary = [tokenizer.id_to_token(i) or "" for i in range(model.config.vocab_size)]
-    maskable = torch.tensor([[vocabulary[i] not in SPECIAL_TOKENS for i in ids]])  # (1, L)
+    encoding, most = tokenizer.encode(text), model.config.max_position_embeddings
+    ids, pieces = encoding.ids[:most], encoding.tokens[:most]
+    maskable = torch.tensor([[piece not in SPECIAL_TOKENS for piece in pieces]])  # (1, L)
     if not maskable.any():
         raise InputError("the text has no word to mask: give a sentence")
     batch = Batch(torch.tensor([ids]), maskable, index=torch.tensor([0]))
-    continuation = torch.tensor([piece.startswith("##") for piece in vocabulary])
     mask_id, generator = tokenizer.token_to_id("[MASK]"), torch.Generator().manual_seed(seed)
+    # The corpus is not at hand, but where it sees no word a masked LM guesses by frequency.
+    with evaluating(model):
+        logits = model(batch.input_ids.masked_fill(maskable, mask_id), positions=maskable)
+    token_counts = 1e6 * logits.softmax(-1).mean(0)  # (V,), among a million tokens
+    continuation = torch.zeros(len(token_counts), dtype=torch.bool)  # (V,), for this text's types
+    continuation[ids] = torch.tensor([piece.startswith("##") for piece in pieces])
     entropy = hidden_entropy(teacher, batch, rate, mask_id, generator)
-    context = Context(rate, model, guessed_counts(model, batch, mask_id), continuation, mask_id,
-                      entropy, entropy_select="high")
+    context = Context(rate, model, token_counts, continuation, mask_id, entropy,
+                      entropy_select="high")
     columns = {}
     for name in names:
         strategy = find_strategy(name)(context)
@@ -595,45 +591,35 @@ def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
         label = strategy_label(name)[:13]  # what fits above a column
         columns[label] = cells(mask[0], scores.masked_fill(~maskable, math.nan)[0])
     # A terminal and XML want no control characters.
-    return ["".join(c if c.isprintable() else "?" for c in vocabulary[i]) for i in ids], columns
+    return ["".join(c if c.isprintable() else "?" for c in piece) for piece in pieces], columns
 
 
-def guessed_counts(model, batch: Batch, mask_id: int) -> Tensor:
-    """Returns (V,) how often each type occurs among a million tokens, as the model guesses it.
-
-    The corpus is not at hand here, but where it sees no word a masked LM guesses by frequency."""
-    masked_ids = batch.input_ids.masked_fill(batch.maskable, mask_id)
-    with evaluating(model):
-        return 1e6 * model(masked_ids, positions=batch.maskable).softmax(-1).mean(0)
-
-
-def feed(strategy: Strategy, model, batch: Batch, context: Context, generator, rounds: int = 16):
-    """Gives a strategy a step of gradients, from `rounds` random maskings of one text."""
-    for _ in range(rounds):
+def feed(strategy: Strategy, model, batch: Batch, context: Context, generator: Generator):
+    """Gives a strategy a step of gradients, from 16 random maskings of one text."""
+    for _ in range(16):
         mask = random_mask(batch.maskable, context.rate, generator)
-        corrupted, labels = corrupt(batch.input_ids, mask, context.mask_token_id, 0, (1, 0, 0))
+        corrupted = batch.input_ids.masked_fill(mask, context.mask_token_id)
         words = model.bert.embeddings.word_embeddings(corrupted).detach().requires_grad_()
-        loss = F.cross_entropy(model(inputs_embeds=words, positions=mask), labels[mask],
+        loss = F.cross_entropy(model(inputs_embeds=words, positions=mask), batch.input_ids[mask],
                                reduction="sum")  # a mean would be NaN where k is 0
         gradient, = torch.autograd.grad(loss, words)
         strategy.observe(batch, mask, gradient)  # all that is masked is hidden, by [MASK]
     strategy.end_step()
 
 
-def cells(mask: Tensor, scores: Tensor) -> list[Cell]:
-    """Returns L cells. mask (L,) bool, scores (L,), not finite where there is no score."""
-    known = scores[scores.isfinite()].tolist() or [0.0]
-    low, scale = min(known), max(known) - min(known) or 1.0
-    column = []
-    for masked, score in zip(mask.tolist(), scores.tolist()):
-        if math.isfinite(score):
-            column.append(Cell(masked, f"{score:.2f}", (score - low) / scale))
-        else:
-            column.append(Cell(masked, "", 0.0))
-    return column
+def cells(mask: Tensor, scores: Tensor) -> list[tuple[bool, str, float]]:
+    """Returns of each token: is it masked, its score as text, its score scaled to [0, 1].
+
+    mask (L,) bool; scores (L,), not finite where there is none: then "" and 0."""
+    known = scores.isfinite()
+    low = scores.masked_fill(~known, math.inf).min()
+    high = scores.masked_fill(~known, -math.inf).max()
+    heat = ((scores - low) / (high - low)).nan_to_num(0, 0, 0)  # also 0 where all are equal
+    numbers = [f"{score:.2f}" if math.isfinite(score) else "" for score in scores.tolist()]
+    return list(zip(mask.tolist(), numbers, heat.tolist()))
 
 
-def demo_lines(pieces: list[str], columns: dict[str, list[Cell]], colour: bool) -> list[str]:
+def demo_lines(pieces: list[str], columns: dict[str, list], colour: bool) -> list[str]:
     """Returns the demo for a terminal: a line for each word piece, a column for each strategy."""
     width = max(map(len, pieces)) + 2
     lines = [" " * width + "".join(f"{name:<15}" for name in columns)]
@@ -652,7 +638,7 @@ SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" width="{}" height="{}" rol
 <title>What each strategy masks</title>
 <style>
 text {{ font: 13px monospace; fill: #1f2328 }} .bold {{ font-weight: bold }}
-.page {{ fill: #fff }} .heat {{ fill: #f08c00 }}
+.number {{ text-anchor: end }} .page {{ fill: #fff }} .heat {{ fill: #f08c00 }}
 .masked {{ fill: none; stroke: #1f2328; stroke-width: 2 }}
 @media (prefers-color-scheme: dark) {{
 text {{ fill: #e6edf3 }} .page {{ fill: #0d1117 }} .heat {{ fill: #c2410c }}
@@ -661,31 +647,28 @@ text {{ fill: #e6edf3 }} .page {{ fill: #0d1117 }} .heat {{ fill: #c2410c }}
 <rect class="page" width="100%" height="100%"/>"""
 
 
-def demo_svg(pieces: list[str], columns: dict[str, list[Cell]]) -> str:
+def demo_svg(pieces: list[str], columns: dict[str, list]) -> str:
     """Returns the demo as an SVG drawing: a masked cell has a frame, its colour is the score."""
     wide, high, left = 104, 24, 24 + 8 * max(map(len, pieces))  # a cell's size, where cells begin
-    text = '<text x="{}" y="{}" {}>{}</text>'.format
-    box = f'<rect x="{{}}" y="{{}}" width="{wide - 6}" height="{high - 3}" {{}}/>'.format
+    text = '<text x="{}" y="{}" class="{}">{}</text>'.format
+    box = '<rect x="{}" y="{}" width="98" height="21" class="{}" fill-opacity="{:.2f}"/>'.format
     drawn = [SVG_HEAD.format(left + wide * len(columns), high * (len(pieces) + 1) + 8)]
     for row, piece in enumerate(pieces, start=1):
-        drawn.append(text(12, high * row + 17, "", html.escape(piece)))
-    for number_of_column, (name, column) in enumerate(columns.items()):
-        x = left + wide * number_of_column
-        drawn.append(text(x, 17, 'class="bold"', html.escape(name)))
-        for row, (masked, number, heat) in enumerate(column, start=1):
-            y = high * row
+        drawn.append(text(12, high * row + 17, "piece", html.escape(piece)))
+    for x, (name, column) in zip(itertools.count(left, wide), columns.items()):
+        drawn.append(text(x, 17, "bold", html.escape(name)))
+        for y, (masked, number, heat) in zip(itertools.count(high, high), column):
             if number:
-                opacity = 0.08 + 0.72 * heat
-                drawn.append(box(x, y + 1, f'class="heat" fill-opacity="{opacity:.2f}"'))
-                drawn.append(text(x + wide - 12, y + 17, 'text-anchor="end"', number))
+                drawn.append(box(x, y + 1, "heat", 0.08 + 0.72 * heat))
+                drawn.append(text(x + wide - 12, y + 17, "number", number))
             if masked:
-                drawn.append(box(x, y + 1, 'class="masked"'))
-                drawn.append(text(x + 6, y + 17, 'class="bold"', "[MASK]"))
+                drawn.append(box(x, y + 1, "masked", 0))
+                drawn.append(text(x + 6, y + 17, "bold", "[MASK]"))
     return "\n".join([*drawn, "</svg>\n"])
 
 
-def parse_args(argv=None):
-    """The demo's options."""
+def main(argv=None):
+    """The demo's command line."""
     parser = Parser(description="Shows what each strategy would mask in a text, and why.")
     add = parser.add_argument
     add("text")
@@ -694,12 +677,7 @@ def parse_args(argv=None):
     add("--mask-rate", type=number(float, above=0, below=1), default=0.15)
     add("--seed", type=number(int, low=0, below=2 ** 63), default=0)
     add("--svg", type=Path, metavar="FILE", help="also draw what the terminal shows into this file")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """The demo's command line."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     if args.svg and (args.svg.is_dir() or not can_write(args.svg)):
         raise InputError(f"--svg {args.svg} is wrong: it must be a file that can be written")
     runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)

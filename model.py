@@ -94,8 +94,8 @@ class BertConfig:
 # --- the encoder ----------------------------------------------------------------------------------
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, faster on a CPU, where random numbers are dear: one of 64 bits serves four
-    entries. A pretraining step takes 5 to 7% less time for it, fine-tuning 3 to 5%."""
+    """nn.Dropout, faster on a CPU, where drawing random numbers is slow: a number of 64 bits serves
+    four entries. A pretraining step takes 5 to 7% less time for it, fine-tuning 3 to 5%."""
 
     def forward(self, x):
         if not self.training or x.device.type != "cpu" or self.p in (0, 1):
@@ -330,15 +330,15 @@ class BertForSequenceClassification(nn.Module):
 # --- the start of a fresh model -------------------------------------------------------------------
 
 POSITION_SCALE = 1.5  # the position embeddings' rms, in units of the word embeddings' rms
-POSITION_DIRECTIONS = 32  # they hold 94% or more of what tells 128 positions apart, at any width
-QUERY_KEY_SCALE = 3.0  # what the query and key matrices are multiplied by
+POSITION_DIRECTIONS = 32  # 94 to 100% of the variance of 128 positions' waves, at any preset
+QUERY_KEY_SCALE = 3.0  # multiplies the query and the key matrices, so scores grow ninefold
 
 
 def init_weights(model: nn.Module, config: BertConfig):
     """Sets matrices to N(0, σ²) and biases to 0, in place: BERT's plain start.
 
-    σ = 0.02 at BERT-base's width, as in BERT, and grows as 1 / √H in narrower models, so that a sum
-    of H products has the same size in all. A tiny model learns sooner for it."""
+    σ = 0.02 at BERT-base's width H = 768, as in BERT, and proportional to 1 / √H elsewhere, so that
+    a sum of H products has the same size at every width. A tiny model learns sooner with it."""
     std = 0.02 * math.sqrt(768 / config.hidden_size)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -356,8 +356,9 @@ def local_start(model: nn.Module):
     cosines (Vaswani et al. 2017 §3.5), whose dot product falls with the distance between two
     positions; each key matrix becomes a copy of its query matrix, so that a score q · k measures
     how alike two hidden states are (Trockman and Kolter 2023, 2305.09828: trained models come close
-    to this, and gain by starting there); and both read positions only, or else equal words, [MASK]
-    above all, would attend to one another. All of it is trained from the first step on."""
+    to this, and gain by starting there); and both read the directions of the positions alone, or
+    else equal words, [MASK] above all, would attend to one another. A word's embedding is seen only
+    by its part in these directions. All of it is trained from the first step on."""
     embeddings = model.bert.embeddings
     count, H = embeddings.position_embeddings.weight.shape
     frequency = 10_000 ** (-torch.arange(0, H, 2) / H)  # (H / 2,) radians per token
@@ -367,10 +368,10 @@ def local_start(model: nn.Module):
     scale = POSITION_SCALE * rms * math.sqrt(2)  # the waves' own rms is 1/√2, as sin² + cos² = 1
     embeddings.position_embeddings.weight.copy_(scale * waves)
     # The slow waves hardly change within a window: what tells its positions apart lies in a few
-    # principal directions. Queries and keys read those, and of a word only what lies in them.
+    # principal directions D, the rows of `directions`. W Dᵀ D reads these and nothing else.
     window = waves[:128]
     principal = torch.linalg.svd(window - window.mean(0), full_matrices=False).Vh
-    directions = principal[:POSITION_DIRECTIONS]  # (32, H), orthonormal
+    directions = principal[:POSITION_DIRECTIONS]  # (32, H), orthonormal rows
     for layer in model.bert.layers:
         query, key = layer.attention.query.weight, layer.attention.key.weight  # (H, H)
         query.copy_(QUERY_KEY_SCALE * query @ directions.T @ directions)
@@ -562,11 +563,8 @@ def current_names(weights: dict[str, Tensor], model_type: str) -> dict[str, Tens
     beta, and an encoder saved alone lacks the prefix `bert.` or `distilbert.`."""
     bare = not any(name.startswith(model_type + ".") for name in weights)
     prefix = model_type + "." if bare else ""
-    renamed = {}
-    for name, value in weights.items():
-        name = re.sub("gamma$", "weight", re.sub("beta$", "bias", name))
-        renamed[prefix + name] = value
-    return renamed
+    names = [re.sub("gamma$", "weight", re.sub("beta$", "bias", name)) for name in weights]
+    return {prefix + name: value for name, value in zip(names, weights.values())}
 
 
 def report_loading(source: str, missing: list[str], unused: list[str]):
@@ -592,16 +590,14 @@ def config_from_hf(fields: dict, source: str) -> BertConfig:
     activation = fields.get("hidden_act", fields.get("activation", "gelu"))
     if activation != "gelu":
         raise InputError(f"{source}: activation {activation!r}; only gelu is implemented")
-    if fields.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(f"{source}: position embeddings are "
-                         f"{fields['position_embedding_type']}, not absolute")
-    known = {}
-    for name, default in asdict(BertConfig()).items():
-        if fields.get(name) is None:
-            continue
-        known[name] = fields[name]
-        if type(known[name]) not in (type(default), int):
-            raise InputError(f"{source}: config.json has {name} = {known[name]!r}")
+    positions = fields.get("position_embedding_type", "absolute")
+    if positions != "absolute":
+        raise InputError(f"{source}: position embeddings are {positions}, not absolute")
+    defaults = asdict(BertConfig())
+    known = {name: fields[name] for name in defaults if fields.get(name) is not None}
+    for name, value in known.items():
+        if type(value) not in (type(defaults[name]), int):
+            raise InputError(f"{source}: config.json has {name} = {value!r}")
     return BertConfig(**known)
 
 
@@ -638,30 +634,28 @@ def wordpiece_tokenizer(vocab: dict[str, int], lowercase: bool = True) -> Tokeni
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer in tokenizer.json, or else BERT's with vocab.txt. Raises InputError."""
-    path, tokenizer = directory / "tokenizer.json", None
+    path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if not path.exists():
         path = directory / "vocab.txt"
     if not path.exists():
         raise InputError(f"{directory} has neither tokenizer.json nor vocab.txt: copy one there")
+    given = read_json(settings) if path.name == "vocab.txt" and settings.exists() else {}
     try:
-        if path.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(path))
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            vocab = tokenizer.get_vocab()
-        else:
+        if path.name == "vocab.txt":
             words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             vocab = {word: i for i, word in enumerate(words)}
+            tokenizer = wordpiece_tokenizer(vocab, bool(given.get("do_lower_case", True)))
+        else:
+            tokenizer = Tokenizer.from_file(str(path))
+            vocab = tokenizer.get_vocab()
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"{path} cannot be read ({error}): copy it again") from None
     missing = [token for token in SPECIAL_TOKENS if token not in vocab]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}: is it BERT's?")
-    if tokenizer is not None:
-        return tokenizer
-    settings = directory / "tokenizer_config.json"
-    given = read_json(settings) if settings.exists() else {}
-    return wordpiece_tokenizer(vocab, bool(given.get("do_lower_case", True)))
+    return tokenizer
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -682,35 +676,31 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     data, tensors, end = bytearray(path.read_bytes()), {}, 0
     start = 8 + int.from_bytes(data[:8], "little")  # where the numbers begin
     try:
-        require(start <= min(len(data), 100_000_000), "cut off, or its header length is wrong")
+        if start > min(len(data), 100_000_000):
+            raise ValueError("cut off, or its header length is wrong")
         header = json.loads(data[8:start].decode(), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             first, last = entry["data_offsets"]
-            counts = all(type(n) is int and n >= 0 for n in (first, last, *shape))
-            require(counts, f"{name} has a shape or an offset that is not a whole number")
-            size = math.prod(shape) * dtype.itemsize  # bytes
-            fits = first == end and last == first + size and start + last <= len(data)
-            require(fits, f"{name} has offsets {first} to {last}, which do not fit")
+            whole = all(type(n) is int and n >= 0 for n in (first, last, *shape))
+            fits = whole and first == end and last - first == math.prod(shape) * dtype.itemsize
+            if not fits or start + last > len(data):
+                raise ValueError(f"the shape and offsets of {name} do not fit together")
             raw = data[start + first:start + last]
             flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
             tensors[name], end = flat.reshape(shape), last
-        require(start + end == len(data), "it holds more numbers than its header names")
+        if start + end != len(data):
+            raise ValueError("it holds more numbers than its header names")
     except Exception as error:  # a damaged header can raise nearly anything
         raise InputError(f"{path} is not a sound safetensors file ({error}): copy it") from None
     return tensors
 
 
-def require(true: bool, otherwise: str):
-    """Raises ValueError where something does not hold."""
-    if not true:
-        raise ValueError(otherwise)
-
-
 def unique_keys(pairs: list) -> dict:
     """A JSON object as a dict. Raises ValueError where a key stands twice."""
-    require(len(dict(pairs)) == len(pairs), "a key stands twice")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
     return dict(pairs)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from masking import (STRATEGIES, Batch, Context, Strategy, Typhoon, budget, corrupt,
                      embedding_saliency, entropy_mask, evaluating, find_strategy, hidden_entropy,
-                     position_entropy, random_mask, rarity, strategy_label, token_entropy, top_k,
+                     position_entropy, random_mask, strategy_label, token_entropy, top_k,
                      uniform, whole_word_mask)
 from model import BertConfig, BertForMaskedLM
 from torch.nn import functional as F
@@ -616,7 +616,8 @@ def test_accumulated_micro_batches_are_one_batch():
 def test_rarity_by_hand():
     """−ln of the frequency; a type that never occurs is as rare as one that occurs once."""
     expected = [math.log(10 / 6), math.log(10 / 3), math.log(10), math.log(10)]
-    assert rarity(torch.tensor([6, 3, 1, 0])).tolist() == pytest.approx(expected, rel=1e-6)
+    strategy = STRATEGIES["rarity"](Context(0.3, None, torch.tensor([6, 3, 1, 0]), None, 4))
+    assert strategy.rarity.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_rarity_masks_the_rarest_or_the_commonest():
@@ -821,7 +822,7 @@ def test_the_drawing_is_xml_that_shows_what_the_terminal_shows(tmp_path, capsys)
 
 
 def test_the_drawing_escapes_what_it_shows():
-    cell = masking.Cell(True, "1.00", 1.0)
+    cell = (True, "1.00", 1.0)
     pieces, name = ["<b>", "&amp;", '"', "]]>"], "<i>"
     root = ET.fromstring(masking.demo_svg(pieces, {name: [cell] * 4}))
     said = [element.text for element in root.iter(SVG + "text")]
