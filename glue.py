@@ -28,7 +28,7 @@ from urllib.parse import urljoin
 
 import numpy as np
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -143,7 +143,7 @@ class Data:
     test: dict[str, list[Example]]  # by the file that a submission has for them
 
 
-def finetune(args: Namespace, data: Data | None = None):
+def finetune(args: Namespace, data: Data | None = None) -> tuple[dict, nn.Module, Tokenizer]:
     """Returns what the JSON file of one run holds, the fine-tuned model and its tokenizer.
 
     args: as `parse_args` returns them. data: by default read from args.data_dir. The seed fixes the
@@ -212,7 +212,7 @@ def fit(model: nn.Module, train: "Encoded", dev: dict[str, "Encoded"], args: Nam
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
-                # The sum stays on the device: a GPU works ahead of Python until a number is read.
+                # On the device, for a GPU works ahead of Python until a number is read from it.
                 total += loss.detach() * len(index)
                 step += 1
                 bar.update()
@@ -457,8 +457,12 @@ def adapt(model: nn.Module, tokenizer, train: Encoded, args: Namespace, bf16: bo
     model.bert.load_state_dict(mlm.bert.state_dict(), strict=False)  # the masked LM has no pooler
 
     loss, _, masked, maskable = torch.stack(results).cpu().T  # (steps,) each
-    found = {"steps": steps, "loss": loss[-steps_per_epoch:].mean().item(),
-             "masked": (masked.sum() / maskable.sum()).item()}
+    # Every masked token counts the same. Short texts may leave a step nothing to guess: its loss is
+    # 0 and means nothing.
+    last = slice(-steps_per_epoch, None)
+    nats, guessed = (loss * masked)[last].sum(), masked[last].sum()
+    found = {"steps": steps, "loss": (nats / guessed.clamp(min=1)).item(),
+             "masked": (masked.sum() / maskable.sum().clamp(min=1)).item()}
     if isinstance(strategy, TyphoonStrategy):
         rates = strategy.typhoon.rates()
         found["typhoon"] = extreme_rates(rates, texts.token_counts(), tokenizer)
@@ -509,8 +513,8 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
     Of n examples c are right, p_k are predicted to be of class k, and t_k truly are:
     R_K = (c n − Σ p_k t_k) / √((n² − Σ p_k²) (n² − Σ t_k²)). Divided by n², the numerator is the
-    accuracy minus the accuracy of guessing with the same frequencies; the denominator makes 1 of
-    all right. For two classes it is (TP TN − FP FN) / √((TP+FP) (TP+FN) (TN+FP) (TN+FN))."""
+    accuracy minus that of guessing with the same frequencies; the denominator makes 1 of all right.
+    For two classes it is (TP TN − FP FN) / √((TP+FP) (TP+FN) (TN+FP) (TN+FN))."""
     n, right = float(len(labels)), np.sum(predictions == labels)
     classes = np.union1d(predictions, labels)
     p = np.array([np.sum(predictions == k) for k in classes], dtype=float)
@@ -520,7 +524,7 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation."""
+    """Pearson's correlation; 0 where either side is constant."""
     if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(np.corrcoef(predictions, labels)[0, 1])
@@ -538,8 +542,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[which]
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson,
-           "spearman": spearman}
+METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
 
 
 def metrics(name: str, predictions, labels) -> dict[str, float]:
@@ -571,7 +574,7 @@ def load_data(name: str, data_dir: str | Path, test: bool = False) -> Data:
     task, tests = TASKS[name], {}
     train = load_task(name, "train", data_dir)
     dev = {split.replace("dev_matched", "dev"): load_task(name, split, data_dir)
-           for split in task.splits("dev")}
+           for split in task.splits("dev")}  # MNLI's main set is then called as any other task's
     endings = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
     for split in task.splits("test") if test else []:
         tests[f"{task.folder}{endings[split]}.tsv"] = load_task(name, split, data_dir)
@@ -784,11 +787,6 @@ def score_table(runs: list[dict]) -> str:
 
 # --- the command line -----------------------------------------------------------------------------
 
-def adaptation_name(text: str) -> str:
-    """An argparse type: a strategy, or none."""
-    return text if text == "none" else strategy_name(text)
-
-
 def freezable(text: str) -> str:
     """An argparse type: what `freeze` takes."""
     if not re.fullmatch(r"none|embeddings|encoder|\d{1,4}", text):
@@ -800,7 +798,7 @@ def make_parser() -> Parser:
     """Every option of the command line, with its default."""
     parser = Parser(description="Fine-tune and evaluate on GLUE.")
     count, positive = number(int, low=1), number(float, above=0)
-    share = number(float, low=0, high=1)
+    share, below_one = number(float, low=0, high=1), number(float, low=0, below=1)
 
     add = parser.add_argument_group("what to run").add_argument
     add("--task", required=True, choices=[*NINE, "all"], metavar="TASK",
@@ -819,7 +817,7 @@ def make_parser() -> Parser:
     add("--lr", type=positive, default=2e-5, help="peak learning rate of AdamW")
     add("--warmup", type=share, default=0.1, help="share of the steps before --lr is reached")
     add("--weight-decay", type=number(float, low=0), default=0.01, help="--adapt has it too")
-    add("--dropout", type=number(float, low=0, below=1), default=0.1, help="of the whole model")
+    add("--dropout", type=below_one, default=0.1, help="in fine-tuning and adaptation")
     add("--seq-len", type=number(int, low=8), default=128, help="word pieces an example")
     add("--fraction", type=number(float, above=0, high=1), default=1.0,
         help="train on this share of the examples, the same for every strategy")
@@ -827,7 +825,8 @@ def make_parser() -> Parser:
         help="none, embeddings, a number of layers (and the embeddings), or encoder")
 
     add = parser.add_argument_group("adaptation before it").add_argument
-    add("--adapt", type=adaptation_name, default="none", metavar="STRATEGY",
+    add("--adapt", default="none", metavar="STRATEGY",
+        type=lambda text: text if text == "none" else strategy_name(text),
         help=f"train the masked LM on the task's text: none, {', '.join(STRATEGIES)}, or "
              "FILE.py:CLASS")
     add("--adapt-epochs", type=count, default=3, help="passes over the text of the examples")
@@ -839,8 +838,7 @@ def make_parser() -> Parser:
         help="shares of the chosen tokens that become [MASK], become a random token, stay")
     add("--typhoon-loss", choices=["task", "mlm"], default="task",
         help="whose gradient feeds Typhoon: the labels' or the masked LM's")
-    add("--typhoon-spread", type=number(float, low=0, below=1), default=0.4,
-        help="the lowest rate is 1 - spread times the highest")
+    add("--typhoon-spread", type=below_one, default=0.4, help="lowest rate = (1 - spread) highest")
     add("--typhoon-ema", type=share, default=0.8, help="weight of the new value in the average")
     add("--teacher", help="for entropy (default: the model before it is adapted, frozen)")
     add("--entropy-select", choices=["high", "low", "mixed", "sample"], default="high",
@@ -891,8 +889,7 @@ def main(argv=None):
         try:
             run, model, tokenizer = finetune(one, data[name])
             runs.append(run)
-            # First the scores: a disk that is full by the time of the other files does not take
-            # them.
+            # The scores first: a disk that is full by then does not take them.
             print(describe(run), flush=True)
             write_atomic(run_file(one), json.dumps(run) + "\n")
             print(f"  kept in {run_file(one)}", flush=True)

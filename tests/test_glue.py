@@ -322,7 +322,7 @@ def test_pairs_are_encoded_as_hugging_face_encodes_them(tokenizer):
         expected = theirs(*[text for text in example[:2] if text is not None], return_token_type_ids=True)
         assert ids.tolist() == expected["input_ids"]
         if example.text_b:
-            assert (np.arange(len(ids)) >= second).astype(int).tolist() == expected["token_type_ids"]
+            assert (torch.arange(len(ids)) >= second).int().tolist() == expected["token_type_ids"]
 
 
 @pytest.mark.parametrize("a, b, room, expected", [  # an odd room's last piece is the longer text's
@@ -556,7 +556,10 @@ def test_bf16_is_asked_for_and_heard_on_a_cpu(arguments, monkeypatch):
 
 
 def test_the_fine_tuned_model_is_kept_and_predicts_the_same_again(arguments, data_dir, tmp_path):
-    run = finetune(arguments("--save", str(tmp_path / "kept"), "--epochs", "3", task="rte"))
+    file = tmp_path / "run.json"
+    options = ("--save", str(tmp_path / "kept"), "--json", str(file), "--lr", "1e-3")
+    glue.main(command(*options, args=arguments(task="rte")))
+    run = json.loads(file.read_text())
     model, tokenizer = glue.load_pretrained(tmp_path / "kept", "classification")
     data = glue.encode(load_task("rte", "dev", data_dir), tokenizer, 128)
     assert glue.predict(model, data).tolist() == run["dev"]["predictions"]
@@ -717,6 +720,19 @@ def test_adaptation_trains_the_encoder_by_the_masked_lm_and_leaves_the_head(argu
             assert torch.equal(value, before[name]) == name.startswith(("bert.pooler", "classifier")), name
         encoders.append(model.bert.layers[0].output.weight)
     assert not torch.equal(*encoders)
+
+
+@pytest.mark.parametrize("steps, loss, masked", [
+    ([[2.0, 1.0, 3.0, 10.0], [0.0, 0.0, 0.0, 10.0], [4.0, 1.0, 1.0, 10.0], [0.0] * 4], 2.5, 4 / 30),
+    ([[0.0] * 4] * 4, 0.0, 0.0)])
+def test_a_step_that_masks_nothing_does_not_lower_the_loss(
+        arguments, tokenizer, data_dir, steps, loss, masked, monkeypatch):
+    """Of each step: the mean loss, the gradient's norm, masked tokens, maskable tokens."""
+    results = iter(steps)
+    monkeypatch.setattr(glue.Trainer, "step", lambda *_: torch.tensor(next(results)))
+    data = glue.encode(load_task("sst2", "train", data_dir), tokenizer, 64)
+    found = glue.adapt(tiny(), tokenizer, data, arguments("--adapt", "random"))
+    assert (found["loss"], found["masked"]) == pytest.approx((loss, masked))
 
 
 def padding_vocabulary(pad_at: int) -> dict[str, int]:
