@@ -443,11 +443,11 @@ def adapt(model: nn.Module, tokenizer, train: Encoded, args: Namespace, bf16: bo
 
     steps_per_epoch = math.ceil(len(texts) / args.adapt_batch_size)
     steps = args.adapt_epochs * steps_per_epoch
-    trainer = Trainer(mlm, texts, strategy, Recipe(
+    recipe = Recipe(
         steps=steps, batch_size=args.adapt_batch_size, lr=args.adapt_lr,
         weight_decay=args.weight_decay, corruption=tuple(args.corruption), seed=args.seed,
-        strategy_start=0.0,  # no random masks first: this model knows the language already
-        bf16=bf16))
+        bf16=bf16)
+    trainer = Trainer(mlm, texts, strategy, recipe)
     results, title = [], f"{args.task}, adapting by {strategy_label(args.adapt)}"
     with tqdm(range(steps), title, leave=False, disable=None) as bar:
         for step in bar:

@@ -385,7 +385,6 @@ class Strategy:
     """One way to choose. A new strategy is a class with a `mask` method; the rest is optional."""
     needs_teacher = False  # reads context.teacher_entropy
     wants_gradient = False  # `observe` wants to be called
-    start = 0.0  # random masking before this fraction of the steps, unless the user says otherwise
     select = "high"  # as in `entropy_mask`, unless the user says otherwise
     scores: Tensor | None = None  # (B, L) by which the last `mask` decided, NaN where it had none
 
@@ -429,10 +428,9 @@ class WholeWord(Strategy):
 class Entropy(Strategy):
     """`entropy_mask` by a frozen teacher's entropies, which never change and are looked up.
 
-    `mixed` and a late start, because a small model that must guess the most uncertain tokens from
-    the first step on does not learn the common words (README)."""
+    `mixed`, because a small model that must guess nothing but the most uncertain tokens does not
+    learn the common words (README)."""
     needs_teacher = True
-    start = 0.5
     select = "mixed"
 
     def mask(self, batch, generator=None):
@@ -491,7 +489,9 @@ class TyphoonStrategy(Strategy):
 
 
 class Rarity(Strategy):
-    """`entropy_mask` with the rarity of each token in the place of its entropy."""
+    """`entropy_mask` with the rarity of each token in the place of its entropy, selected alike."""
+    select = "mixed"
+
     def __init__(self, context):
         super().__init__(context)
         self.rarity = rarity(context.token_counts)  # (V,)

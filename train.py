@@ -69,7 +69,7 @@ from model import (PRESETS, SPECIAL_TOKENS, BertConfig, BertForMaskedLM, InputEr
                    wordpiece_tokenizer, write_atomic)
 
 EXAM_RATE = 0.15  # masked share of the held-out exam, whatever the run's own rate
-TEACHER_MASK_RATE = 0.15  # of the teacher that is trained automatically
+TEACHER_MASK_RATE = 0.3  # of the teacher that is trained automatically
 TEACHER_CORRUPTION = [0.8, 0.1, 0.1]
 CACHE = Path("data/cache")
 
@@ -87,7 +87,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
     corruption: tuple[float, float, float] = (0.8, 0.1, 0.1)  # [MASK], a random token, kept
-    strategy_start: float | None = None  # random masks up to here; None: what suits the strategy
+    strategy_start: float = 0.0  # random masks for this fraction of the steps
     kd_weight: float = 0.0  # alpha
     kd_temperature: float = 2.0  # T
     kd_start: float = 0.0  # no distillation for this fraction of the steps
@@ -131,8 +131,6 @@ class Trainer:
         self.teacher = teacher
         self.device = model.head.bias.device
         self.random = Random(strategy.context)  # stands in before `start`
-        own_start = recipe.strategy_start is None
-        self.start = strategy.start if own_start else recipe.strategy_start
         self.generator = torch.Generator(self.device)
         self.optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
         self.parallel = model
@@ -183,7 +181,7 @@ class Trainer:
         recipe, progress = self.recipe, step / self.recipe.steps
         self.seed(step)
         batches = [self.texts.batch(index) for index in self.text_numbers(step)]
-        strategy = self.strategy if progress >= self.start else self.random
+        strategy = self.strategy if progress >= recipe.strategy_start else self.random
         with self.autocast():  # self-entropy runs the model
             masks = [strategy.mask(batch, self.generator) for batch in batches]
         counts = torch.stack([sum(mask.sum() for mask in masks),
@@ -1233,15 +1231,16 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("masking").add_argument
     add("--masking", default="random", type=strategy_name, metavar="STRATEGY",
         help=f"{', '.join(STRATEGIES)}, or FILE.py:CLASS of your own")
-    add("--mask-rate", type=number(float, above=0, below=1), default=0.15,
+    add("--mask-rate", type=number(float, above=0, below=1), default=0.3,
         help="the budget, a fraction of the ordinary tokens")
     add("--corruption", type=fraction, nargs=3, default=[0.8, 0.1, 0.1],
         metavar=("MASK", "SWAP", "KEEP"),
         help="shares of the chosen tokens that become [MASK], become a random token, stay")
-    add("--strategy-start", type=fraction,
-        help="random masks for this fraction of the steps (default: 0.5 for entropy, else 0)")
+    add("--strategy-start", type=fraction, default=0.0,
+        help="random masks for this fraction of the steps, then the strategy's")
     add("--entropy-select", choices=["high", "low", "mixed", "sample"],
-        help="which entropies are masked (default: mixed for entropy, high for self-entropy)")
+        help="which entropies are masked (default: mixed for entropy and rarity, high for "
+             "self-entropy)")
     add("--entropy-input", choices=["visible", "masked"], default="masked",
         help="entropy of a token that the model sees, or of one that is hidden from it")
     add("--typhoon-spread", type=number(float, low=0, below=1), default=0.4,
@@ -1250,7 +1249,7 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("distillation and the teacher").add_argument
     add("--teacher", metavar="MODEL", help="default, where one is needed: trained first, and kept")
-    add("--teacher-steps", type=count, default=2300, help="steps of the teacher trained first")
+    add("--teacher-steps", type=count, default=2000, help="steps of the teacher trained first")
     add("--teacher-seed", type=number(int, low=0, below=2 ** 31), default=0,
         help="its seed; runs with the same one share their teacher, whatever their own --seed")
     add("--kd-weight", type=fraction, default=0.0, help="alpha: distillation's share of the loss")
@@ -1276,7 +1275,7 @@ def make_parser() -> Parser:
     add("--dropout", type=fraction, default=0.0, help="0 suits short runs; BERT has 0.1")
 
     add = parser.add_argument_group("loop").add_argument
-    add("--steps", type=count, default=1500, help="optimizer steps")
+    add("--steps", type=count, default=1400, help="optimizer steps")
     add("--batch-size", type=count, default=8, help="windows an optimizer step, over all ranks")
     add("--accumulate", type=count, default=1, help="micro-batches that a rank cuts its share into")
     add("--lr", type=positive, default=2e-3, help="peak learning rate of AdamW")

@@ -192,7 +192,7 @@ def test_the_registry_is_in_the_order_of_the_readme():
 @pytest.mark.parametrize("name", ["entropy", "self-entropy", "rarity"])
 def test_the_selection_is_the_users_or_the_strategys_own(name, short_texts, model):
     own = STRATEGIES[name](context(model, short_texts)).select
-    assert own == ("mixed" if name == "entropy" else "high")
+    assert own == ("high" if name == "self-entropy" else "mixed")
     assert STRATEGIES[name](context(model, short_texts, entropy_select="low")).select == "low"
 
 
