@@ -14,15 +14,13 @@ Shapes: B batch, L tokens of the batch's longest example, H hidden, C classes, n
 """
 import argparse
 import copy
-import csv
-import functools
 import json
 import math
 import os
 import re
 import time
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +28,10 @@ from urllib.parse import urljoin
 
 import numpy as np
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from masking import (STRATEGIES, Context, TyphoonStrategy, find_strategy, strategy_label,
@@ -58,31 +55,21 @@ class Task:
     """A row of the table: how a task is scored, what its files hold, where they come from."""
     folder: str                       # in the data folder; also the server's name for the task
     metrics: tuple[str, ...]          # names in METRICS
-    labels: tuple[str, ...]           # the classes in the order of their indices; () for regression
     sizes: dict[str, int]             # split -> official number of examples
     sha256: dict[str, str]            # by address; one without a host stands after GLUE_URL
+    labels: tuple = ("0", "1")        # the classes as files and server write them; () for scores
     text_a: str = "sentence1"         # names of columns
     text_b: str | None = "sentence2"
     label: str | None = "label"
-    labels_by_name: bool = False      # files and server write a class's name, not its index
     header: tuple[str, ...] = ()      # columns of train and dev where these files have no header
     skip_short: bool = False          # train and dev are known to have rows with too few columns
     # split -> alternative sets of files, where a split is not simply in FOLDER/SPLIT.tsv
     files: dict[str, tuple] = field(default_factory=dict)
 
-    @property
-    def num_labels(self) -> int:
-        return len(self.labels) or 1
-
-    @property
-    def written_labels(self) -> tuple[str, ...]:
-        """The classes as files and server write them."""
-        return self.labels if self.labels_by_name else tuple(map(str, range(len(self.labels))))
-
     def splits(self, kind: str) -> list[str]:
         """The splits of a kind, "train", "dev" or "test". MNLI has two of dev and of test:
         matched (the genres of train) and mismatched (other genres)."""
-        return [split for split in self.sizes if split.split("_")[0] == kind]
+        return [split for split in self.sizes if split.startswith(kind)]
 
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -92,18 +79,16 @@ MRPC_TRAIN_AND_DEV = ("MRPC/msr_paraphrase_train.txt", "MRPC/mrpc_dev_ids.tsv")
 NLI = ("entailment", "neutral", "contradiction")
 
 TASKS = {  # sizes and sha256 as the public GLUE loader's dataset_infos.json publishes them
-    "cola": Task(
-        folder="CoLA", metrics=("matthews",), labels=("unacceptable", "acceptable"),
-        sizes={"train": 8551, "dev": 1043, "test": 1063}, text_a="sentence", text_b=None,
-        header=("source", "label", "star", "sentence"),
+    "cola": Task(  # label 1: acceptable
+        folder="CoLA", metrics=("matthews",), sizes={"train": 8551, "dev": 1043, "test": 1063},
+        text_a="sentence", text_b=None, header=("source", "label", "star", "sentence"),
         sha256={"CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"}),
-    "sst2": Task(
-        folder="SST-2", metrics=("accuracy",), labels=("negative", "positive"),
-        sizes={"train": 67349, "dev": 872, "test": 1821}, text_a="sentence", text_b=None,
+    "sst2": Task(  # 1: positive
+        folder="SST-2", metrics=("accuracy",), sizes={"train": 67349, "dev": 872, "test": 1821},
+        text_a="sentence", text_b=None,
         sha256={"SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"}),
-    "mrpc": Task(
-        folder="MRPC", metrics=("f1", "accuracy"), labels=("not_equivalent", "equivalent"),
-        sizes={"train": 3668, "dev": 408, "test": 1725},
+    "mrpc": Task(  # 1: a paraphrase
+        folder="MRPC", metrics=("f1", "accuracy"), sizes={"train": 3668, "dev": 408, "test": 1725},
         text_a="#1 String", text_b="#2 String", label="Quality",
         sha256={
             "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
@@ -118,42 +103,34 @@ TASKS = {  # sizes and sha256 as the public GLUE loader's dataset_infos.json pub
         folder="STS-B", metrics=("pearson", "spearman"), labels=(), label="score",
         sizes={"train": 5749, "dev": 1500, "test": 1379},
         sha256={"STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"}),
-    "qqp": Task(
-        folder="QQP", metrics=("f1", "accuracy"), labels=("not_duplicate", "duplicate"),
-        sizes={"train": 363846, "dev": 40430, "test": 390965}, skip_short=True,
+    "qqp": Task(  # 1: the same question
+        folder="QQP", metrics=("f1", "accuracy"), skip_short=True,
+        sizes={"train": 363846, "dev": 40430, "test": 390965},
         text_a="question1", text_b="question2", label="is_duplicate",
         sha256={
             "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"}),
     "mnli": Task(
-        folder="MNLI", metrics=("accuracy",), labels=NLI, labels_by_name=True, label="gold_label",
+        folder="MNLI", metrics=("accuracy",), labels=NLI, label="gold_label",
         sizes={"train": 392702, "dev_matched": 9815, "dev_mismatched": 9832,
                "test_matched": 9796, "test_mismatched": 9847},
         sha256={"MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"}),
     "qnli": Task(
         folder="QNLI", metrics=("accuracy",), labels=("entailment", "not_entailment"),
-        labels_by_name=True, sizes={"train": 104743, "dev": 5463, "test": 5463},
-        text_a="question", text_b="sentence",
+        sizes={"train": 104743, "dev": 5463, "test": 5463}, text_a="question", text_b="sentence",
         sha256={"QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"}),
     "rte": Task(
         folder="RTE", metrics=("accuracy",), labels=("entailment", "not_entailment"),
-        labels_by_name=True, sizes={"train": 2490, "dev": 277, "test": 3000},
+        sizes={"train": 2490, "dev": 277, "test": 3000},
         sha256={"RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"}),
-    "wnli": Task(
-        folder="WNLI", metrics=("accuracy",), labels=("not_entailment", "entailment"),
-        sizes={"train": 635, "dev": 71, "test": 146},
+    "wnli": Task(  # 1: entailment
+        folder="WNLI", metrics=("accuracy",), sizes={"train": 635, "dev": 71, "test": 146},
         sha256={"WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"}),
     "ax": Task(  # the diagnostic set: nothing to train on, a model fine-tuned on MNLI predicts it
-        folder="AX", metrics=("matthews",), labels=NLI, labels_by_name=True, label=None,
+        folder="AX", metrics=("matthews",), labels=NLI, label=None,
         sizes={"test": 1104}, files={"test": (("AX/AX.tsv",), ("diagnostic/diagnostic.tsv",))},
         sha256={"AX.tsv": "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"}),
 }
 NINE = [name for name in TASKS if name != "ax"]
-
-
-def find_task(name: str) -> Task:
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
-    return TASKS[name]
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
@@ -166,37 +143,32 @@ class Data:
     test: dict[str, list[Example]]  # by the file that a submission has for them
 
 
-def finetune(args: Namespace, data: Data | None = None,
-             when_scored: Callable[[dict], None] | None = None) -> dict:
-    """Returns what the JSON file of one run holds, from the checkpoint to the scores.
+def finetune(args: Namespace, data: Data | None = None) -> tuple[dict, nn.Module, Tokenizer]:
+    """Returns what the JSON file of one run holds, the fine-tuned model and its tokenizer.
 
-    args: as `parse_args` returns them. data: the task's examples, by default read from
-    args.data_dir. when_scored(run) is called before --predict and --save write their files, so that
-    a disk that is full by then does not take the scores. Raises InputError and RunError.
-
-    The seed fixes the head's first weights, the share of the data, its order, the masks of --adapt
-    and dropout."""
+    args: as `parse_args` returns them. data: by default read from args.data_dir. The seed fixes the
+    head's first weights, the share of the data, its order, the masks of --adapt and dropout. Raises
+    InputError and RunError."""
     started = time.time()
     device = pick_device(args.device)
     bf16 = use_bf16(device, args.bf16)
-    task = find_task(args.task)
     data = data or load_data(args.task, args.data_dir, test=bool(args.predict))
     torch.manual_seed(args.seed)  # of the new head's weights
-    model, tokenizer = load_pretrained(args.model, "classification", task.num_labels, args.dropout)
-    origin = provenance(args)
+    classes = len(TASKS[args.task].labels) or 1  # a regression has one output
+    model, tokenizer = load_pretrained(args.model, "classification", classes, args.dropout)
     if args.seq_len > model.config.max_position_embeddings:
         raise InputError(f"{args.model} has {model.config.max_position_embeddings} positions: "
                          "lower --seq-len")
+    origin = provenance(args)
     freeze(model.to(device), args.freeze)
     train = encode(subset(data.train, args.fraction, args.seed), tokenizer, args.seq_len)
     dev = {name: encode(examples, tokenizer, args.seq_len) for name, examples in data.dev.items()}
 
-    adaptation, masked = None, None
+    adaptation = None
     if args.adapt != "none":
         adaptation = adapt(model, tokenizer, train, args, bf16)
-        masked = adaptation["masked"]
     torch.manual_seed(args.seed)  # of dropout: the same with and without --adapt
-    epochs, sets = fit(model, train, dev, args, bf16)
+    epochs, answers = fit(model, train, dev, args, bf16)
 
     # The last epoch is the result. The best one is chosen on the very examples that it is scored
     # on, so its score is too high, and the more so the more epochs there are to choose from.
@@ -207,64 +179,49 @@ def finetune(args: Namespace, data: Data | None = None,
            **origin, "epochs": epochs, "last": epochs[-1]["metrics"],
            "best": {"epoch": best["epoch"], **best["metrics"]},
            "baseline": baseline(args.task, train.labels, dev["dev"].labels),
-           "collapsed": is_constant(sets["dev"]["predictions"]),
-           "adaptation": adaptation, "masked": masked, **sets,
+           "collapsed": is_constant(answers["dev"]["predictions"]),
+           "adaptation": adaptation, "masked": adaptation and adaptation["masked"], **answers,
            "seconds": round(time.time() - started, 1)}
-    if when_scored:
-        when_scored(run)
-    if args.predict:
-        write_predictions(model, tokenizer, data.test, args, bf16)
-    if args.save:
-        save_pretrained(model, tokenizer, Path(args.save))
-    return run
+    return run, model, tokenizer
 
 
 def fit(model: nn.Module, train: "Encoded", dev: dict[str, "Encoded"], args: Namespace,
         bf16: bool = False) -> tuple[list[dict], dict]:
-    """Fine-tunes `model` in place. Returns an entry per epoch, and `evaluate`'s predictions and
-    labels of the last one."""
+    """Fine-tunes `model` in place (BERT §4.1). Returns an entry per epoch, with the mean loss per
+    example and the metrics on dev, and `evaluate`'s answers after the last one.
+
+    Raises RunError within 50 steps of a loss that is not finite."""
+    device = model.classifier.weight.device
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     steps = args.epochs * math.ceil(len(train) / args.batch_size)
-    schedule = LambdaLR(optimizer, lambda step: lr_at(step, steps, args.warmup))
-    epochs = []
+    epochs, step = [], 0
     with tqdm(total=steps, desc=args.task, leave=False, disable=None) as bar:
         for epoch in range(1, args.epochs + 1):
+            model.train()
+            total = torch.zeros((), device=device)
             rng = np.random.default_rng((args.seed, epoch))
             batches = bucketed_batches(train.lengths, args.batch_size, rng)
-            loss = train_epoch(model, train, batches, optimizer, schedule, bar, bf16)
-            values, sets = evaluate(args.task, model, dev, bf16)
-            epochs.append({"epoch": epoch, "train_loss": loss, "metrics": values})
-    return epochs, sets
-
-
-def train_epoch(model: nn.Module, data: "Encoded", batches: list[np.ndarray],
-                optimizer: torch.optim.Optimizer, schedule: LambdaLR, bar: tqdm,
-                bf16: bool = False) -> float:
-    """Makes one pass over the batches. Returns the mean loss per example.
-
-    schedule: sets the learning rate after every step. Raises RunError within 50 steps of a loss
-    that is not finite."""
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    total = 0.0
-    for step, index in enumerate(batches, 1):
-        inputs = collate(data, index, model)
-        labels = data.targets(index, inputs["input_ids"].device)  # (B,)
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
-            loss = task_loss(model(**inputs), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        rate = schedule.get_last_lr()[0]
-        schedule.step()
-        # The sum stays on the device: a GPU works ahead of Python until a number is read from it.
-        total = total + loss.detach() * len(index)
-        bar.update()
-        if step % 50 == 0 or step == len(batches):
-            value = finite(loss, schedule.last_epoch, "--lr")  # last_epoch counts steps here
-            bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}")
-    return float(total) / len(data)
+            for index in batches:  # (B,)
+                inputs, labels = collate(train, index, model), train.targets(index, device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss = task_loss(model(**inputs), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                rate = args.lr * lr_at(step, steps, args.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                # On the device, for a GPU works ahead of Python until a number is read from it.
+                total += loss.detach() * len(index)
+                step += 1
+                bar.update()
+                if step % 50 == 0 or index is batches[-1]:
+                    bar.set_postfix(loss=f"{finite(loss, step, '--lr'):.3f}", lr=f"{rate:.1e}")
+            values, answers = evaluate(args.task, model, dev, bf16)
+            epochs.append({"epoch": epoch, "train_loss": total.item() / len(train),
+                           "metrics": values})
+    return epochs, answers
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -303,16 +260,16 @@ def predict(model: nn.Module, data: "Encoded", bf16: bool = False, size: int = 1
 
 def evaluate(name: str, model: nn.Module, dev: dict[str, "Encoded"],
              bf16: bool = False) -> tuple[dict[str, float], dict[str, dict]]:
-    """Returns the metrics on dev, and each dev set's predictions and labels. For MNLI, accuracy_mm
-    is the accuracy on the mismatched set."""
-    values, sets = {}, {}
+    """Returns the metrics on dev, and each dev set's answers: predictions and labels. For MNLI,
+    accuracy_mm is the accuracy on the mismatched set."""
+    values, answers = {}, {}
     for key, data in dev.items():
         predictions = predict(model, data, bf16)
         ending = "_mm" if key == "dev_mismatched" else ""
         for metric, value in metrics(name, predictions, data.labels).items():
             values[metric + ending] = value
-        sets[key] = {"predictions": predictions.tolist(), "labels": data.labels.tolist()}
-    return values, sets
+        answers[key] = {"predictions": predictions.tolist(), "labels": data.labels.tolist()}
+    return values, answers
 
 
 def is_constant(predictions: list) -> bool:
@@ -334,14 +291,12 @@ def freeze(model: nn.Module, what: str):
 
     what: "none"; "embeddings"; a number N, the embeddings and the N layers above them; "encoder",
     all but the head, which is the pooler and the classifier. Raises InputError on too many."""
-    layers = model.bert.layers
-    if what == "none":
-        return
-    depth = {"embeddings": 0, "encoder": len(layers)}.get(what)
-    depth = int(what) if depth is None else depth
-    if depth > len(layers):
-        raise InputError(f"--freeze {what}: the model has {len(layers)} layers")
-    for module in [model.bert.embeddings, *layers[:depth]]:
+    lower = [model.bert.embeddings, *model.bert.layers]
+    counts = {"none": 0, "embeddings": 1, "encoder": len(lower)}
+    count = counts[what] if what in counts else 1 + int(what)
+    if count > len(lower):
+        raise InputError(f"--freeze {what}: the model has {len(lower) - 1} layers")
+    for module in lower[:count]:
         module.requires_grad_(False)
 
 
@@ -375,16 +330,14 @@ def encode(examples: list[Example], tokenizer, max_length: int, chunk: int = 409
     cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]"))
     tokenizer.post_processor = processors.BertProcessing(sep, cls)  # a tokenizer.json may lack it
     tokenizer.enable_truncation(max_length, strategy="longest_first")
+    texts = [(a, b) if b is not None else a for a, b, _ in examples]
     input_ids, second = [], []
-    for start in tqdm(range(0, len(examples), chunk), "tokenize", leave=False, disable=None):
-        texts = [(example.text_a, example.text_b) if example.text_b is not None else example.text_a
-                 for example in examples[start:start + chunk]]
-        for encoding in tokenizer.encode_batch_fast(texts):
+    for start in tqdm(range(0, len(texts), chunk), "tokenize", leave=False, disable=None):
+        for encoding in tokenizer.encode_batch_fast(texts[start:start + chunk]):
             input_ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
             second.append(len(encoding.ids) - sum(encoding.type_ids))  # type ids: 0 ... 0 1 ... 1
-    labels = [0 if example.label is None else example.label for example in examples]
-    pad_id = tokenizer.token_to_id("[PAD]")
-    return Encoded(input_ids, torch.tensor(second), np.array(labels), pad_id)
+    labels = np.array([0 if label is None else label for _, _, label in examples])
+    return Encoded(input_ids, torch.tensor(second), labels, tokenizer.token_to_id("[PAD]"))
 
 
 def bucketed_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator,
@@ -408,7 +361,7 @@ def collate(data: Encoded, index: np.ndarray, model: nn.Module) -> dict[str, Ten
     """The model's arguments for the examples number `index` (B,), padded to the longest of them, on
     the model's device. attention_mask is None where nothing is padded; token_type_ids is None where
     the model or the examples have one type only."""
-    device = next(model.parameters()).device
+    device = model.classifier.weight.device
     chosen = [data.input_ids[i] for i in index]
     input_ids = pad_sequence(chosen, batch_first=True, padding_value=data.pad_id).long()  # (B, L)
     lengths = torch.tensor([len(row) for row in chosen])                                   # (B,)
@@ -428,7 +381,7 @@ class TaskTyphoon(TyphoonStrategy):
     """Typhoon as [T]'s abstract words it: the saliency of a token is its gradient in the *task's*
     supervised loss on the uncorrupted text, not in the masked LM's.
 
-    That loss needs a classifier: `probe` is the encoder in training with a head of its own."""
+    That loss needs a classifier: `probe`, the encoder in training under a head of its own."""
     wants_gradient = False  # not that of the masked LM
 
     def __init__(self, context: Context, classifier: nn.Module, labels: Tensor, lr: float,
@@ -438,15 +391,15 @@ class TaskTyphoon(TyphoonStrategy):
         super().__init__(context)
         self.labels = labels
         self.probe = copy.deepcopy(classifier)
-        self.probe.bert.embeddings = context.model.bert.embeddings
+        self.probe.bert.embeddings = context.model.bert.embeddings  # shared, not copied
         self.probe.bert.layers = context.model.bert.layers
         head = nn.ModuleList([self.probe.bert.pooler, self.probe.classifier])
         self.head = list(head.parameters())
         self.head_optimizer = make_optimizer(head, lr, weight_decay)
 
     def mask(self, batch, generator=None):
-        """(B, L) bool: each token at its type's rate. The batch's labels count from the next step
-        on."""
+        """(B, L) bool: each token at its type's rate. What the labels of this batch say enters the
+        rates when the step ends."""
         self.learn_from_labels(batch)
         return super().mask(batch, generator)
 
@@ -467,12 +420,12 @@ class TaskTyphoon(TyphoonStrategy):
 
 
 def adapt(model: nn.Module, tokenizer, train: Encoded, args: Namespace, bf16: bool = False) -> dict:
-    """Trains the masked LM on the task's training text with train.py's loop, then copies the
+    """Trains the masked LM on the task's training text with train.py's step, then copies the
     encoder into `model`.
 
     Returns steps; masked, the share of the ordinary tokens; loss, the last epoch's mean in nats,
     which compares no strategies, for hard tokens cost more; and for Typhoon the word pieces with
-    the most extreme rates."""
+    the most extreme rates. Raises RunError within 50 steps of a loss that is not finite."""
     device = model.classifier.weight.device
     mlm = load_pretrained(args.model, "mlm", dropout=args.dropout)[0].to(device).train()
     vocab = Vocab(tokenizer, mlm.config.vocab_size, device)
@@ -489,17 +442,27 @@ def adapt(model: nn.Module, tokenizer, train: Encoded, args: Namespace, bf16: bo
         strategy = TaskTyphoon(strategy.context, model, labels, args.adapt_lr, args.weight_decay)
 
     steps_per_epoch = math.ceil(len(texts) / args.adapt_batch_size)
+    steps = args.adapt_epochs * steps_per_epoch
     recipe = Recipe(
-        steps=args.adapt_epochs * steps_per_epoch, batch_size=args.adapt_batch_size,
-        lr=args.adapt_lr, weight_decay=args.weight_decay, corruption=tuple(args.corruption),
-        seed=args.seed, bf16=bf16)
-    title = f"{args.task}, adapting by {strategy_label(args.adapt)}"
-    results = run_steps(Trainer(mlm, texts, strategy, recipe), title)
-    loss, _, masked, maskable = results.T  # (steps,) each
+        steps=steps, batch_size=args.adapt_batch_size, lr=args.adapt_lr,
+        weight_decay=args.weight_decay, corruption=tuple(args.corruption), seed=args.seed,
+        bf16=bf16)
+    trainer = Trainer(mlm, texts, strategy, recipe)
+    results, title = [], f"{args.task}, adapting by {strategy_label(args.adapt)}"
+    with tqdm(range(steps), title, leave=False, disable=None) as bar:
+        for step in bar:
+            results.append(trainer.step(step))
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                bar.set_postfix(loss=f"{finite(results[-1][0], step + 1, '--adapt-lr'):.3f}")
     model.bert.load_state_dict(mlm.bert.state_dict(), strict=False)  # the masked LM has no pooler
 
-    found = {"steps": recipe.steps, "loss": loss[-steps_per_epoch:].mean().item(),
-             "masked": (masked.sum() / maskable.sum()).item()}
+    loss, _, masked, maskable = torch.stack(results).cpu().T  # (steps,) each
+    # Every masked token counts the same. Short texts may leave a step nothing to guess: its loss is
+    # 0 and means nothing.
+    last = slice(-steps_per_epoch, None)
+    nats, guessed = (loss * masked)[last].sum(), masked[last].sum()
+    found = {"steps": steps, "loss": (nats / guessed.clamp(min=1)).item(),
+             "masked": (masked.sum() / maskable.sum().clamp(min=1)).item()}
     if isinstance(strategy, TyphoonStrategy):
         rates = strategy.typhoon.rates()
         found["typhoon"] = extreme_rates(rates, texts.token_counts(), tokenizer)
@@ -509,27 +472,14 @@ def adapt(model: nn.Module, tokenizer, train: Encoded, args: Namespace, bf16: bo
 def frozen_teacher(mlm: nn.Module, tokenizer, args: Namespace) -> nn.Module:
     """--teacher, or else a copy of the model before it is adapted; frozen. Raises InputError on a
     teacher with another vocabulary."""
-    if not args.teacher:
-        return copy.deepcopy(mlm).eval().requires_grad_(False)
-    teacher, its_tokenizer = load_pretrained(args.teacher, "mlm", whole=True)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise InputError(
-            f"--teacher has {its_tokenizer.get_vocab_size():,} word pieces, --model "
-            f"{tokenizer.get_vocab_size():,}, and they are not the same: choose another --teacher")
+    teacher = copy.deepcopy(mlm)
+    if args.teacher:
+        teacher, pieces = load_pretrained(args.teacher, "mlm", whole=True)
+        if pieces.get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"--teacher has {pieces.get_vocab_size():,} word pieces, --model "
+                             f"{tokenizer.get_vocab_size():,}, and they are not the same: choose "
+                             "another --teacher")
     return teacher.to(mlm.head.bias.device).eval().requires_grad_(False)
-
-
-def run_steps(trainer: Trainer, title: str) -> Tensor:
-    """Takes all steps of the trainer's recipe. Returns what `Trainer.step` gave for each, (steps,
-    4) on the CPU. Raises RunError within 50 steps of a loss that is not finite."""
-    results = []
-    with tqdm(range(trainer.recipe.steps), title, leave=False, disable=None) as bar:
-        for step in bar:
-            results.append(trainer.step(step))
-            if (step + 1) % 50 == 0 or step + 1 == len(bar):
-                value = finite(results[-1][0], step + 1, "--adapt-lr")
-                bar.set_postfix(loss=f"{value:.3f}")
-    return torch.stack(results).cpu()
 
 
 def extreme_rates(rates: Tensor, counts: Tensor, tokenizer, least: int = 5,
@@ -563,8 +513,8 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
     Of n examples c are right, p_k are predicted to be of class k, and t_k truly are:
     R_K = (c n − Σ p_k t_k) / √((n² − Σ p_k²) (n² − Σ t_k²)). Divided by n², the numerator is the
-    accuracy minus the accuracy of guessing with the same frequencies; the denominator makes 1 of
-    all right. For two classes it is (TP TN − FP FN) / √((TP+FP) (TP+FN) (TN+FP) (TN+FN))."""
+    accuracy minus that of guessing with the same frequencies; the denominator makes 1 of all right.
+    For two classes it is (TP TN − FP FN) / √((TP+FP) (TP+FN) (TN+FP) (TN+FN))."""
     n, right = float(len(labels)), np.sum(predictions == labels)
     classes = np.union1d(predictions, labels)
     p = np.array([np.sum(predictions == k) for k in classes], dtype=float)
@@ -574,7 +524,7 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation."""
+    """Pearson's correlation; 0 where either side is constant."""
     if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(np.corrcoef(predictions, labels)[0, 1])
@@ -592,17 +542,15 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[which]
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson,
-           "spearman": spearman}
+METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
 
 
 def metrics(name: str, predictions, labels) -> dict[str, float]:
     """The task's official metrics, as fractions. Raises ValueError where the lengths differ."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if predictions.shape != labels.shape or labels.ndim != 1:
-        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} must be "
-                         "two lists of one length")
-    return {metric: METRICS[metric](predictions, labels) for metric in find_task(name).metrics}
+    if predictions.shape != labels.shape:  # numpy would broadcast
+        raise ValueError(f"{predictions.shape} predictions, {labels.shape} labels: not one length")
+    return {metric: METRICS[metric](predictions, labels) for metric in TASKS[name].metrics}
 
 
 def score(values: dict[str, float]) -> float:
@@ -621,15 +569,18 @@ def baseline(name: str, train_labels: np.ndarray, dev_labels: np.ndarray) -> dic
 # --- loading --------------------------------------------------------------------------------------
 
 def load_data(name: str, data_dir: str | Path, test: bool = False) -> Data:
-    """All that a run needs. Raises InputError where there is nothing to train on."""
-    task = find_task(name)
-    if "train" not in task.sizes:
-        raise InputError(f"{name} has only a test set: an MNLI model predicts it")
+    """All that a run needs, with test=True also what the GLUE server wants predicted: MNLI's model
+    predicts AX too."""
+    task, tests = TASKS[name], {}
     train = load_task(name, "train", data_dir)
     dev = {split.replace("dev_matched", "dev"): load_task(name, split, data_dir)
-           for split in task.splits("dev")}
-    wanted = submissions(name) if test else {}
-    return Data(train, dev, {file: load_task(*source, data_dir) for file, source in wanted.items()})
+           for split in task.splits("dev")}  # MNLI's main set is then called as any other task's
+    endings = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
+    for split in task.splits("test") if test else []:
+        tests[f"{task.folder}{endings[split]}.tsv"] = load_task(name, split, data_dir)
+    if test and name == "mnli":
+        tests["AX.tsv"] = load_task("ax", "test", data_dir)
+    return Data(train, dev, tests)
 
 
 def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
@@ -638,10 +589,9 @@ def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
     split: "train", "dev" or "test"; MNLI's "dev" is "dev_matched", and it has "dev_mismatched" too.
     On test the labels are None, even where the file has them. Logs a row count that is not the
     official one. Raises InputError, naming file and line, on what is not the task's."""
-    task = find_task(name)
+    task = TASKS[name]
     split = next(iter(task.splits(split)), split)
-    if split not in task.sizes:
-        raise InputError(f"{name} has no split {split!r}: choose from {', '.join(task.sizes)}")
+    official = task.sizes[split]
     path, *dev_ids = locate(task, split, Path(data_dir))
     labelled = not split.startswith("test")
     columns = [task.text_a, task.text_b, task.label if labelled else None]
@@ -649,20 +599,17 @@ def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
     rows = read_rows(path, filter(None, columns), header, task.skip_short and labelled)
     if dev_ids:  # MRPC's train and dev share a file, and another one lists the pairs of dev
         pairs = {tuple(row.values()) for _, row in read_rows(dev_ids[0], header=MRPC_IDS)}
-        rows = ((line, row) for line, row in rows
+        rows = ((place, row) for place, row in rows
                 if ((row["#1 ID"], row["#2 ID"]) in pairs) == (split == "dev"))
     examples = []
-    for line, row in rows:
-        try:
-            label = parse_label(task, row[task.label]) if labelled else None
-        except ValueError as error:
-            raise InputError(f"{path}, line {line}: {error}: {REPAIR}") from None
+    for place, row in rows:
+        label = parse_label(task, row[task.label], place) if labelled else None
         examples.append(Example(row[task.text_a], row[task.text_b] if task.text_b else None, label))
     if not examples:
         raise InputError(f"{path} holds nothing of {name} {split}: copy or download it again")
-    if len(examples) != task.sizes[split]:
-        log.warning("%s: %s %s has %s examples here, officially %s", path, name, split,
-                    f"{len(examples):,}", f"{task.sizes[split]:,}")
+    if len(examples) != official:
+        log.warning(f"{path}: {name} {split} has {len(examples):,} examples here, officially "
+                    f"{official:,}")
     return examples
 
 
@@ -670,46 +617,45 @@ REPAIR = "correct it, or copy or download the file again"
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte not UTF-8
 
 
-def read_rows(path: Path, columns=(), header=(), skip_short=False) -> Iterator[tuple[int, dict]]:
-    """Line numbers and rows, {column: text}, of a tab-separated file, with or without a BOM.
+def read_rows(path: Path, columns=(), header=(), skip_short=False) -> Iterator[tuple[str, dict]]:
+    """Yields the rows, {column: text}, of a tab-separated file, each after its place, "FILE, line
+    N". A BOM and empty lines are passed over; quotation marks mean nothing in GLUE's files.
 
     columns: those that must be there. header: the names of all, for a file without a first line of
     names. skip_short: pass over the rows with too few columns, and log how many there were. Raises
     InputError, naming the line."""
-    csv.field_size_limit(2**31 - 1)  # a text may have any length
     skipped = 0
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        # No quoting: GLUE's texts hold stray quotation marks, and by csv's usual rules one of them
-        # makes a single field of everything up to the next.
-        rows = csv.DictReader(file, header or None, delimiter="\t", quoting=csv.QUOTE_NONE)
-        names = rows.fieldnames or []
+        names = header or file.readline().rstrip("\n").split("\t")
         for column in columns:
             if column not in names:
                 raise InputError(f"{path}, line 1: the header lacks {column!r}, it is "
                                  f"{' | '.join(names)[:200]!r}: copy or download the official file")
-        for row in rows:
-            short, long = None in row.values(), None in row  # as DictReader marks them
-            if short and skip_short:
+        for number, line in enumerate(file, 1 if header else 2):
+            place, fields = f"{path}, line {number}", line.rstrip("\n").split("\t")
+            if line == "\n":
+                continue
+            if skip_short and len(fields) < len(names):
                 skipped += 1
                 continue
-            if short or long:
-                raise InputError(f"{path}, line {rows.line_num}: this row does not have "
-                                 f"{len(names)} columns: {REPAIR}")
-            if BAD_BYTE.search("".join(row.values())):
-                raise InputError(f"{path}, line {rows.line_num}: this is not UTF-8: {REPAIR}")
-            yield rows.line_num, row
+            if len(fields) != len(names):
+                raise InputError(f"{place}: this row does not have {len(names)} columns: {REPAIR}")
+            if BAD_BYTE.search(line):
+                raise InputError(f"{place}: this is not UTF-8: {REPAIR}")
+            yield place, dict(zip(names, fields))
     if skipped:
-        log.warning("%s: skipped %d rows with too few columns", path, skipped)
+        log.warning(f"{path}: skipped {skipped} rows with too few columns")
 
 
-def parse_label(task: Task, text: str) -> int | float:
-    """A class's index, or a score. Raises ValueError, which says what it should have been."""
-    if task.labels and text in task.written_labels:
-        return task.written_labels.index(text)
+def parse_label(task: Task, text: str, place: str) -> int | float:
+    """A class's index, or a score. Raises InputError."""
+    if text in task.labels:
+        return task.labels.index(text)
     if task.labels:
-        raise ValueError(f"label {text!r} is not one of {', '.join(task.written_labels)}")
+        raise InputError(f"{place}: label {text!r} is not one of {', '.join(task.labels)}: "
+                         f"{REPAIR}")
     if not re.fullmatch(r"\d+(\.\d*)?", text) or float(text) > 5:
-        raise ValueError(f"score {text!r} is not a number from 0 to 5")
+        raise InputError(f"{place}: score {text!r} is not a number from 0 to 5: {REPAIR}")
     return float(text)
 
 
@@ -742,42 +688,28 @@ def fetch(task: Task, data_dir: Path):
             download(url, data_dir / task.folder / name, sha256)
 
 
-# --- test predictions -----------------------------------------------------------------------------
-
-def submissions(name: str) -> dict[str, tuple[str, str]]:
-    """The files that the GLUE server wants of this task's model: file -> (task, split). MNLI's
-    model predicts AX too."""
-    task = find_task(name)
-    endings = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
-    files = {f"{task.folder}{endings[split]}.tsv": (name, split) for split in task.splits("test")}
-    if name == "mnli":
-        files["AX.tsv"] = ("ax", "test")
-    return files
-
+# --- results --------------------------------------------------------------------------------------
 
 def write_predictions(model: nn.Module, tokenizer, tests: dict[str, list[Example]],
                       args: Namespace, bf16: bool = False):
-    """Writes the files of `submissions` into args.predict: a header, then index and prediction."""
-    written = TASKS[args.task].written_labels
+    """Writes the GLUE server's files into args.predict: a header, then index and prediction."""
+    labels = TASKS[args.task].labels
     for file, examples in tests.items():
         predictions = predict(model, encode(examples, tokenizer, args.seq_len), bf16)
-        if written:
-            answers = [written[prediction] for prediction in predictions]
+        if labels:
+            answers = [labels[prediction] for prediction in predictions]
         else:
             answers = [f"{prediction:.3f}" for prediction in predictions.clip(0, 5)]
         lines = [f"{i}\t{answer}\n" for i, answer in enumerate(answers)]
         write_atomic(Path(args.predict) / file, "index\tprediction\n" + "".join(lines))
 
 
-# --- results --------------------------------------------------------------------------------------
-
 def provenance(args: Namespace) -> dict:
     """Where a run's weights come from: the sha256 of the model's and of the teacher's, and the
     arguments of the model's pretraining, None where it is not a run of train.py."""
-    directory = find_pretrained(args.model)
-    settings = directory / "train_args.json"
-    teacher = weights_digest(find_pretrained(args.teacher)) if args.teacher else None
-    return {"weights": weights_digest(directory), "teacher_weights": teacher,
+    settings = find_pretrained(args.model) / "train_args.json"
+    return {"weights": weights_digest(args.model),
+            "teacher_weights": weights_digest(args.teacher) if args.teacher else None,
             "pretraining": read_json(settings) if settings.exists() else None}
 
 
@@ -795,31 +727,21 @@ NO_SETTING = {"device", "data_dir", "json", "predict", "save"}  # a result is th
 
 def refuse_to_replace(args: Namespace):
     """Raises InputError where the run's file holds a run with other settings, or from other
-    weights: the scores of two different runs must not pass for one. A file that cannot be read is
-    replaced, and so is a run with the same settings."""
+    weights: the scores of two different runs must not pass for one."""
     path, remedy = run_file(args), "choose another --json, or delete that file"
     try:
-        earlier = read_json(path) if path.exists() else None
-    except InputError:
-        return
-    if earlier is None:
+        earlier = read_json(path)
+    except InputError:  # no such file, or a damaged one, which may be replaced
         return
     if not isinstance(earlier.get("args"), dict):
         raise InputError(f"{path} is not a result of glue.py: {remedy}")
-    origin, digests = provenance(args), ("weights", "teacher_weights")
-    now = vars(args) | {name: origin[name] for name in digests}
-    before = earlier["args"] | {name: earlier.get(name) for name in digests}
-    for name in sorted(set(now) - NO_SETTING):
-        if before.get(name) != now[name]:
+    origin = provenance(args)
+    del origin["pretraining"]  # the same weights had the same
+    before = earlier | earlier["args"]
+    for name, value in sorted((vars(args) | origin).items()):
+        if name not in NO_SETTING and before.get(name) != value:
             raise InputError(f"{path} holds a run that differs in {name} ({before.get(name)} "
-                             f"there, {now[name]} here): {remedy}")
-
-
-def keep(args: Namespace, run: dict):
-    """Shows the run, then writes its file; a full disk does not take the figures."""
-    print(describe(run), flush=True)
-    write_atomic(run_file(args), json.dumps(run) + "\n")
-    print(f"  kept in {run_file(args)}", flush=True)
+                             f"there, {value} here): {remedy}")
 
 
 def describe(run: dict) -> str:
@@ -833,9 +755,9 @@ def describe(run: dict) -> str:
         for end, pieces in found.get("typhoon", {}).items():
             rates = ", ".join(f"{piece} {rate:.3f}" for piece, rate, _ in pieces)
             lines.append(f"  {end} masking rates: {rates}")
-    best = f"  best epoch ({run['best']['epoch']})     {show(run['best'])}"
     lines += [f"  last epoch ({len(run['epochs'])})     {show(run['last'])}",
-              f"{best}   (chosen on dev itself: it overstates)",
+              f"  best epoch ({run['best']['epoch']})     {show(run['best'])}   (chosen on dev "
+              "itself: it overstates)",
               f"  constant answer    {show(run['baseline'])}"]
     if run["collapsed"]:
         lines.append("  collapsed: the model gives every dev example the same answer, whatever its "
@@ -844,11 +766,8 @@ def describe(run: dict) -> str:
 
 
 def show(values: dict[str, float]) -> str:
-    return "  ".join(f"{metric} {value:.4f}" for metric, value in without_epoch(values).items())
-
-
-def without_epoch(values: dict) -> dict[str, float]:
-    return {metric: value for metric, value in values.items() if metric != "epoch"}
+    """The metrics, without the number of the epoch that stands beside the best ones."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "epoch")
 
 
 def score_table(runs: list[dict]) -> str:
@@ -858,7 +777,8 @@ def score_table(runs: list[dict]) -> str:
     lines = [f"{'task':<12}{'last':>8}{'best':>8}{'constant':>10}   metrics of the last epoch"]
     scores = []
     for run in runs:
-        scores.append([score(without_epoch(run[name])) for name in ("last", "best", "baseline")])
+        best = max(score(epoch["metrics"]) for epoch in run["epochs"])
+        scores.append([score(run["last"]), best, score(run["baseline"])])
         remark = "  (collapsed)" if run["collapsed"] else ""
         lines.append(line.format(run["task"], *scores[-1], show(run["last"]) + remark))
     lines.append(line.format("GLUE score", *np.mean(scores, axis=0), "").rstrip())
@@ -866,11 +786,6 @@ def score_table(runs: list[dict]) -> str:
 
 
 # --- the command line -----------------------------------------------------------------------------
-
-def adaptation_name(text: str) -> str:
-    """An argparse type: a strategy, or none."""
-    return text if text == "none" else strategy_name(text)
-
 
 def freezable(text: str) -> str:
     """An argparse type: what `freeze` takes."""
@@ -883,7 +798,7 @@ def make_parser() -> Parser:
     """Every option of the command line, with its default."""
     parser = Parser(description="Fine-tune and evaluate on GLUE.")
     count, positive = number(int, low=1), number(float, above=0)
-    share = number(float, low=0, high=1)
+    share, below_one = number(float, low=0, high=1), number(float, low=0, below=1)
 
     add = parser.add_argument_group("what to run").add_argument
     add("--task", required=True, choices=[*NINE, "all"], metavar="TASK",
@@ -901,21 +816,19 @@ def make_parser() -> Parser:
     add("--batch-size", type=count, default=16, help="examples an optimizer step")
     add("--lr", type=positive, default=2e-5, help="peak learning rate of AdamW")
     add("--warmup", type=share, default=0.1, help="share of the steps before --lr is reached")
-    add("--weight-decay", type=number(float, low=0), default=0.01,
-        help="not on biases and LayerNorms; --adapt has it too")
-    add("--dropout", type=number(float, low=0, below=1), default=0.1,
-        help="while fine-tuning, whatever the model was pretrained with")
-    add("--seq-len", type=number(int, low=8), default=128,
-        help="word pieces an example; the longer text is cut first")
+    add("--weight-decay", type=number(float, low=0), default=0.01, help="--adapt has it too")
+    add("--dropout", type=below_one, default=0.1, help="in fine-tuning and adaptation")
+    add("--seq-len", type=number(int, low=8), default=128, help="word pieces an example")
     add("--fraction", type=number(float, above=0, high=1), default=1.0,
         help="train on this share of the examples, the same for every strategy")
     add("--freeze", type=freezable, default="none",
         help="none, embeddings, a number of layers (and the embeddings), or encoder")
 
     add = parser.add_argument_group("adaptation before it").add_argument
-    add("--adapt", type=adaptation_name, default="none", metavar="STRATEGY",
-        help="first train the masked LM on the task's text: none, "
-             f"{', '.join(STRATEGIES)}, or FILE.py:CLASS")
+    add("--adapt", default="none", metavar="STRATEGY",
+        type=lambda text: text if text == "none" else strategy_name(text),
+        help=f"train the masked LM on the task's text: none, {', '.join(STRATEGIES)}, or "
+             "FILE.py:CLASS")
     add("--adapt-epochs", type=count, default=3, help="passes over the text of the examples")
     add("--adapt-batch-size", type=count, default=16, help="examples an optimizer step")
     add("--adapt-lr", type=positive, default=1e-4, help="peak learning rate")
@@ -925,8 +838,7 @@ def make_parser() -> Parser:
         help="shares of the chosen tokens that become [MASK], become a random token, stay")
     add("--typhoon-loss", choices=["task", "mlm"], default="task",
         help="whose gradient feeds Typhoon: the labels' or the masked LM's")
-    add("--typhoon-spread", type=number(float, low=0, below=1), default=0.4,
-        help="the lowest rate is 1 - spread times the highest")
+    add("--typhoon-spread", type=below_one, default=0.4, help="lowest rate = (1 - spread) highest")
     add("--typhoon-ema", type=share, default=0.8, help="weight of the new value in the average")
     add("--teacher", help="for entropy (default: the model before it is adapted, frozen)")
     add("--entropy-select", choices=["high", "low", "mixed", "sample"], default="high",
@@ -935,8 +847,8 @@ def make_parser() -> Parser:
         help="entropy of a token that the model sees, or does not see")
 
     add = parser.add_argument_group("what to keep").add_argument
-    add("--json", metavar="FILE", help="the run's file (default: "
-        "runs/glue/TASK-MODEL-STRATEGY-SEED.json)")
+    add("--json", metavar="FILE",
+        help="the run's file (default: runs/glue/TASK-MODEL-STRATEGY-SEED.json)")
     add("--save", metavar="DIR", help="keep the fine-tuned model; with --task all a folder a task")
     add("--predict", metavar="DIR", help="write the GLUE server's files of test predictions")
     add("--label", help="what the run's file calls the strategy (default: that of --adapt)")
@@ -949,8 +861,7 @@ def parse_args(argv=None) -> Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     if not math.isclose(sum(args.corruption), 1, abs_tol=1e-6):
-        shares = " ".join(map(str, args.corruption))
-        parser.error(f"--corruption {shares}: these must be three shares that sum to 1")
+        parser.error(f"--corruption {args.corruption}: these must be three shares that sum to 1")
     if args.json and args.task == "all":
         parser.error(f"--json {args.json}: leave it out, --task all writes nine files")
     if args.json and (Path(args.json).is_dir() or not can_write(args.json)):
@@ -976,7 +887,15 @@ def main(argv=None):
     runs = []
     for name, one in tasks.items():
         try:
-            runs.append(finetune(one, data.pop(name), functools.partial(keep, one)))
+            run, model, tokenizer = finetune(one, data[name])
+            runs.append(run)
+            # The scores first: a disk that is full by then does not take them.
+            print(describe(run), flush=True)
+            write_atomic(run_file(one), json.dumps(run) + "\n")
+            print(f"  kept in {run_file(one)}", flush=True)
+            write_predictions(model, tokenizer, data[name].test, one, run["bf16"])
+            if one.save:
+                save_pretrained(model, tokenizer, one.save)
         except torch.cuda.OutOfMemoryError:
             raise RunError(
                 f"the GPU's memory is full at --batch-size {args.batch_size}, --adapt-batch-size "

@@ -291,24 +291,23 @@ def finetuning(device="cpu"):
     theirs.load_state_dict(to_hf(ours))
     data = glue.encode(examples, tokenizer, 128)
     dev = {key: glue.encode(part, tokenizer, 128) for key, part in dev.items()}
-    optimizers = [train.make_optimizer(model, 5e-5, 0.01) for model in (ours, theirs)]
+    optimizer = train.make_optimizer(theirs, 5e-5, 0.01)
+    settings = argparse.Namespace(
+        task="mrpc", epochs=1, batch_size=16, lr=5e-5, weight_decay=0.01, warmup=0.0, seed=0)
 
     def our_epoch():
-        batches = glue.bucketed_batches(data.lengths, 16, np.random.default_rng(0))
-        with glue.tqdm(disable=True) as bar:
-            constant = torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda _: 1.0)
-            glue.train_epoch(ours, data, batches, optimizers[0], constant, bar)
+        glue.fit(ours, data, {}, settings)  # evaluates on nothing
 
     def their_epoch():
         theirs.train()
         order = np.random.default_rng(0).permutation(len(examples))
         for rows in np.split(order, range(16, len(order), 16)):
             inputs = glue.collate(data, rows, ours)
-            optimizers[1].zero_grad()
+            optimizer.zero_grad()
             logits = theirs(**{key: value for key, value in inputs.items() if value is not None}).logits
             F.cross_entropy(logits, data.targets(rows, device)).backward()
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-            optimizers[1].step()
+            optimizer.step()
 
     mine, reference = alternate(our_epoch, their_epoch, rounds=3, warmup=0)
     scores = [glue.score(glue.evaluate("mrpc", ours, dev)[0])]

@@ -355,7 +355,7 @@ def test_bad_input_gets_one_line_and_status_2_and_leaves_nothing(module, line, s
     """None of the cases gets as far as a training step."""
     monkeypatch.chdir(world)
     monkeypatch.setattr(train.Trainer, "step", lambda *_: pytest.fail("it had begun"))
-    monkeypatch.setattr(glue, "train_epoch", lambda *_: pytest.fail("it had begun"))
+    monkeypatch.setattr(glue, "fit", lambda *_: pytest.fail("it had begun"))
     monkeypatch.setattr(stats, "sweep", lambda *_: pytest.fail("it had begun"))
     before = tree(world)
     status, stderr = run(module, shlex.split(line), monkeypatch, capsys)
@@ -513,7 +513,7 @@ def test_any_utf8_trains(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("module, line, step", [
     (train, "--corpus text.txt --out {tmp}/run " + " ".join(SMALL), "train.Trainer.step"),
-    (glue, f"--model model {SST2} sst2 --json {{tmp}}/run.json", "glue.train_epoch"),
+    (glue, f"--model model {SST2} sst2 --json {{tmp}}/run.json", "glue.fit"),
     (glue, f"--model model {SST2} sst2 --json {{tmp}}/run.json --adapt random", "train.Trainer.step")])
 def test_a_full_gpu_names_what_to_lower(module, line, step, world, tmp_path, monkeypatch, capsys):
     def fill(*_):
