@@ -1011,7 +1011,7 @@ def test_a_finished_model_is_not_pretrained_again_and_an_interrupted_one_goes_on
     (["--steps", "60"], ["--steps", "100"], "--steps 60, and this sweep asks for 100"),
     (["--seed", "5"], [], "--seed 5, and this sweep asks for 0"),
     (["--masking", "typhoon"], [], "--masking typhoon, and this sweep asks for random"),
-    (["--mask-rate", "0.4"], [], "--mask-rate 0.4, and this sweep asks for 0.15")])
+    (["--mask-rate", "0.4"], [], "--mask-rate 0.4, and this sweep asks for 0.3")])
 def test_a_model_that_was_pretrained_otherwise_is_no_run_of_the_grid(
         tmp_path, monkeypatch, made_with, asked_for, said):
     monkeypatch.chdir(tmp_path)
@@ -1078,7 +1078,7 @@ CELL = ["--tasks", "cola", "--models", "m", "--strategies", "random"]
     (["sweep", "--preset", "entropy", "--strategies", "no.py:X", "--pretrain"], "no.py:X"),
     (["sweep", *CELL, "--models", "runs/{masking}", "--strategies", "a b"], "--strategies a b"),
     (["sweep", *CELL, "--", "--epochs", "0"], "the options for glue.py: argument --epochs: 0 is"),
-    (["sweep", *CELL, "--", "--corruption", "1", "1", "0"], "for glue.py: --corruption 1.0 1.0 0"),
+    (["sweep", *CELL, "--", "--corruption", "1", "1", "0"], "for glue.py: --corruption [1.0, 1.0"),
     (["sweep", *CELL, "--", "--seed=3"], "--seed is set by the sweep"),
     (["sweep", "--preset", "entropy", "--strategies", "x", "--pretrain"], "--pretrain knows no strategy x"),
     (["sweep", "--preset", "entropy", "--pretrain", "--out x"], "--out is set by the sweep"),
