@@ -372,25 +372,25 @@ def test_whole_words_follow_their_generator():
 
 @exercise(6)
 def test_every_pair_of_words_is_equally_likely():
-    maskable, continuation = sentence_of_words(5000)
+    maskable, continuation = sentence_of_words(3000)
     mask = masking.whole_word_mask(maskable, continuation, 0.4, generator())
     assert torch.equal(mask[:, 1], mask[:, 2]) and torch.equal(mask[:, 5], mask[:, 7]), \
         "whole-word: it splits a word"
     first = mask[:, [1, 3, 4, 5, 8]]  # words of 2, 1, 1, 3, 1 pieces
     share = first.double().mean(0)
-    assert likely(share, 0.4, 5000), "whole-word: words are not equally likely: of 2, 1, 1, 3 and " \
+    assert likely(share, 0.4, 3000), "whole-word: words are not equally likely: of 2, 1, 1, 3 and " \
         f"1 pieces, they are masked in {', '.join(f'{x:.3f}' for x in share)} of the draws, not 0.4"
     for pair in itertools.combinations(range(5), 2):
-        assert likely(first[:, pair].all(1).double().mean(), 0.1, 5000), \
+        assert likely(first[:, pair].all(1).double().mean(), 0.1, 3000), \
             "whole-word: words are not drawn uniformly without replacement"
 
 
 @exercise(6)
 def test_the_number_of_words_is_right_on_average():
-    maskable, continuation = sentence_of_words(5000)
+    maskable, continuation = sentence_of_words(3000)
     words = masking.whole_word_mask(maskable, continuation, 0.15, generator())[:, [1, 3, 4, 5, 8]]
     share = words.double().mean()
-    assert likely(share * 5, 0.75, 5000), f"whole-word: {share:.3f} of the words are masked, not " \
+    assert likely(share * 5, 0.75, 3000), f"whole-word: {share:.3f} of the words are masked, not " \
         "the rate 0.15: round the number of words up or down at random, for each row by itself"
     assert (words.sum(1) <= 1).all(), "whole-word: 0.75 words are not rounded up or down"
 
@@ -478,16 +478,16 @@ def test_sample_with_entropies_of_zero():
 
 @exercise(8)
 def test_mixed_is_half_the_highest_and_half_anyone():
-    entropy, maskable = torch.arange(10.0).repeat(5000, 1), rows(9, width=10).repeat(5000, 1)
-    got = masking.select_positions(entropy, maskable, torch.full((5000,), 4), "mixed", generator())
+    entropy, maskable = torch.arange(10.0).repeat(3000, 1), rows(9, width=10).repeat(3000, 1)
+    got = masking.select_positions(entropy, maskable, torch.full((3000,), 4), "mixed", generator())
     assert (got.sum(1) == 4).all(), "selections: mixed does not take k positions: its random half " \
         "may fall on the positions that are taken already"
     assert got[:, 7:9].all(), "selections: mixed does not take the k/2 most uncertain"
     share = got[:, :7].double().mean(0)
-    assert likely(share, 2 / 7, 5000), "selections: mixed's second half is not uniform over the rest"
+    assert likely(share, 2 / 7, 3000), "selections: mixed's second half is not uniform over the rest"
     pair = got[:, :2].all(1).double().mean()
-    assert likely(pair, 1 / 21, 5000), "selections: mixed's second half is not drawn independently"
-    odd = masking.select_positions(entropy, maskable, torch.full((5000,), 5), "mixed", generator())
+    assert likely(pair, 1 / 21, 3000), "selections: mixed's second half is not drawn independently"
+    odd = masking.select_positions(entropy, maskable, torch.full((3000,), 5), "mixed", generator())
     assert (odd.sum(1) == 5).all() and odd[:, 7:9].all(), "selections: mixed loses one of an odd k"
     short = masking.select_positions(entropy[:2], rows(3, 0, width=10), torch.tensor([5, 2]), "mixed")
     assert short.sum(1).tolist() == [3, 0], "selections: mixed in a row with fewer than k tokens"
@@ -509,7 +509,7 @@ def chances(weights, draws):
 
 @exercise(8)
 def test_sample_draws_each_time_in_proportion_to_what_is_left():
-    H, n = [0.5, 1.0, 2.0, 4.0], 5000
+    H, n = [0.5, 1.0, 2.0, 4.0], 3000
     entropy = torch.tensor([9.0, *H]).repeat(n, 1)
     maskable = torch.tensor([False, True, True, True, True]).repeat(n, 1)
     for draws in (1, 2, 3):
@@ -1331,7 +1331,7 @@ def exact_interval(values, level):
 @exercise(19)
 def test_the_interval_covers_seeds_and_examples():
     rng = np.random.default_rng(0)
-    R, effects = 20_000, np.array([0.0, 0.2, 0.7])
+    R, effects = 8000, np.array([0.0, 0.2, 0.7])
     noise = rng.normal(0, 0.2, (1, R)) + rng.normal(0, 0.02, (3, R))
     b = rng.normal(0.6, 0.3, (3, R))
     a = b + effects[:, None] + noise
