@@ -48,7 +48,7 @@ class Exercise(NamedTuple):
     hints: tuple[str, ...]
     builds_on: tuple[int, ...] = ()
     forbidden: tuple[str, ...] = ()  # names of library calls that would be the solution
-    cut: tuple[str, ...] = ()  # functions of the same file that show the solution: cut, not graded
+    cut: tuple[str, ...] = ()  # "file:function" that shows the solution: left out, and not graded
     docstrings: dict[str, str] = {}  # function -> its docstring in the hand-out, if another
 
 
@@ -85,7 +85,7 @@ answers: they are the same tensor in most layers, and K positions of it in the l
             "What must a score be, for its weight to become 0 in the softmax?"),
         forbidden=("scaled_dot_product_attention", "MultiheadAttention",
                    "multi_head_attention_forward"),
-        cut=("SelfAttention.split_heads",)),
+        cut=("model.py:SelfAttention.split_heads",)),
     Exercise(
         4, "The post-LayerNorm block", "model.py", ("Block.forward",),
         "Vaswani et al. 2017 §3.1 and §5.4; BERT's activation is the exact GELU", """
@@ -238,7 +238,7 @@ gradients. Where nothing is masked the loss is 0 and every parameter has a gradi
             "Give the model `inputs_embeds`, and keep their gradient.",
             "DistributedDataParallel averages gradients over ranks; masked_in_all counts over all.",
             "The mean of no numbers is nan."),
-        builds_on=(2, 5, 11)),
+        builds_on=(2, 5, 11), cut=("masking.py:feed",)),
     Exercise(
         16, "Matthews' correlation", "glue.py", ("matthews",), "Gorodkin 2004; GLUE's CoLA", """
     R_K = cov(X, Y) / √(cov(X, X) cov(Y, Y))
@@ -374,13 +374,13 @@ def assignment(exercises: list) -> str:
     graded = [e for e in exercises if isinstance(e, Exercise)]
     parts = [f"""# Assignment
 
-{sum(e.points for e in exercises)} points. Each exercise is a function whose body is gone; its docstring
-gives shapes, units and errors. Write the body where it says `raise NotImplementedError`.
+{sum(e.points for e in exercises)} points. Each exercise is a function, or two, whose body is gone; the
+docstring gives shapes, units and errors. Write the body where it says `raise NotImplementedError`.
 
 Check yourself with the public part of an exercise's checks, such as
 `python -m pytest -m exercise_{graded[0].number if graded else 1}`. The grader has further checks: of
-probabilities, of extreme inputs, of what is passed on. It grades each exercise by itself, in a working
-implementation: a mistake in one costs no point in another, but your own checks of a later exercise
+probabilities, of extreme inputs, of what is passed on. It grades each exercise by itself, in a
+working implementation: a mistake in one costs no point in another. Your own checks of an exercise
 need the earlier ones that it builds on.
 
 - Hand in the six .py files. Only the named functions count, and what they use of your own: imports,
@@ -394,9 +394,10 @@ need the earlier ones that it builds on.
 - [E] is Srinivasagan et al. 2026, arXiv 2605.28526. [T] is Abdurrahman et al., arXiv 2303.15619."""]
     for exercise in exercises:
         if isinstance(exercise, OpenExercise):
-            rubric = "\n".join(f"- {points} points: {what}" for points, what in exercise.rubric)
+            rubric = "\n".join(textwrap.fill(f"- {points} points: {what}", 100, subsequent_indent="  ")
+                               for points, what in exercise.rubric)
             parts.append(f"## {exercise.number}. {exercise.title}\n\n{exercise.points} points, about "
-                         f"{exercise.minutes // 60} hours, graded by this rubric\n"
+                         f"{exercise.minutes // 60} hours, graded by this rubric.\n"
                          f"{exercise.text}\n\n{rubric}")
             continue
         names = ", ".join(f"`{name}`" for name in exercise.functions)
@@ -405,11 +406,13 @@ need the earlier ones that it builds on.
                  f"{'*' * exercise.difficulty} · {names} in {exercise.file}", "",
                  f"Source: {exercise.source}.", exercise.text, ""]
         if exercise.builds_on:
-            lines.append("Builds on " + ", ".join(map(str, exercise.builds_on)) + ". ")
+            lines.append("Builds on " + ", ".join(map(str, exercise.builds_on)) + ".")
         if exercise.forbidden:
             calls = ", ".join(f"`{name}`" for name in exercise.forbidden)
             lines.append(f"Not allowed: {calls}.")
-        lines += ["", *(f"- Hint: {hint}" for hint in exercise.hints), "",
+        hints = [textwrap.fill(f"- Hint: {hint}", 100, subsequent_indent="  ")
+                 for hint in exercise.hints]
+        lines += ["", *hints, "",
                   f"Check: `python -m pytest -m exercise_{exercise.number}`"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -444,9 +447,9 @@ def handout_texts(exercises: list) -> dict[str, str]:
             texts[exercise.file] = blank(texts[exercise.file], name,
                                          f"exercise {exercise.number}: {name}",
                                          exercise.docstrings.get(name))
-        for name in exercise.cut:
+        for file, name in (entry.split(":") for entry in exercise.cut):
             message = f"exercise {exercise.number}: {name} shows its solution, and is left out"
-            texts[exercise.file] = blank(texts[exercise.file], name, message)
+            texts[file] = blank(texts[file], name, message)
     markers = "".join(f"    exercise_{e.number}: {e.title}\n" for e in EXERCISES)
     texts["pytest.ini"] = f"[pytest]\ntestpaths = tests\npythonpath = .\nmarkers =\n{markers}"
     texts["README.md"] = HANDOUT_README
