@@ -1,13 +1,13 @@
 """Course assignments: a hand-out without the solutions, and a grader that says what is wrong.
 
-    python tests/assignments.py list                            the table of exercises
-    python tests/assignments.py handout DIR [NUMBERS]           what students get; default: all
-    python tests/assignments.py grade DIR [NUMBERS] [--json results.json]    the JSON is Gradescope's
+    python tests/assignments.py list                        the table of exercises
+    python tests/assignments.py handout DIR [NUMBERS]       what students get; default: all
+    python tests/assignments.py grade DIR [NUMBERS] [--json results.json]    for Gradescope
 
-The table comes first, then the hand-out, then the grader. An exercise is one or two functions of one
-file. Its checks are in tests/exercises: test_public.py goes into the hand-out, test_hidden.py stays
-here. Each exercise is graded by itself: the student's function stands in the reference's place, in
-a process of its own (tests/exercises/grading.py).
+The table comes first, then the hand-out, then the grader. An exercise is one or two functions of
+one file. Its checks are in tests/exercises: test_public.py goes into the hand-out, test_hidden.py
+stays here. Each exercise is graded by itself: the student's function stands in the reference's
+place, in a process of its own (tests/exercises/grading.py).
 
 [E] Srinivasagan et al. 2026, arXiv 2605.28526; [T] Abdurrahman et al., arXiv 2303.15619. The full
 texts of both were not at hand: a definition that is this project's says "ours".
@@ -76,10 +76,11 @@ uniform over the ordinary word pieces: those from 0 to `vocab_size` − 1 that a
             "`input_ids` belongs to the caller: leave it as it is.")),
     Exercise(
         3, "Attention", "model.py", ("SelfAttention.forward",), "Vaswani et al. 2017 §3.2", """
-In each head softmax(Q Kᵀ / √d) V, where d is the width of one head; the heads side by side, then the
-output layer. `key_mask` is True where a key may be read; a hidden key has weight 0. Dropout falls on
-the attention weights, in training alone. `query_hidden` (B, K, H) asks and `hidden` (B, L, H)
-answers: they are the same tensor in most layers, and K positions of it in the last.""", 8, 90, 2, (
+In each head softmax(Q Kᵀ / √d) V, where d is the width of one head; the heads side by side, then
+the output layer. `key_mask` is True where a key may be read; a hidden key has weight 0. Dropout
+falls on the attention weights, in training alone. `query_hidden` (B, K, H) asks and `hidden`
+(B, L, H) answers: the same tensor in most layers, and K positions of it in the last.""",
+        8, 90, 2, (
             "Bring q, k and v to (B, heads, tokens, d) first.",
             "With all scores equal the result must be the mean of the values.",
             "What must a score be, for its weight to become 0 in the softmax?"),
@@ -93,13 +94,15 @@ answers: they are the same tensor in most layers, and K positions of it in the l
     y = LayerNorm(x + Dropout(W₂ GELU(W₁ x)))
 
 with `attention_norm` first and `output_norm` last. With `queries` (B, K), column numbers for each
-row, the result is y at those columns alone, (B, K, H); all of `hidden` is read still.""", 5, 40, 1, (
+row, the result is y at those columns alone, (B, K, H); all of `hidden` is read still.""",
+        5, 40, 1, (
             "Dropout falls on what is added, not on the sum.",
             "`Tensor.gather` takes another set of columns from each row."),
         builds_on=(3,), forbidden=("TransformerEncoderLayer",)),
     Exercise(
         5, "The masked-LM head on chosen rows", "model.py",
-        ("MaskedLMHead.forward", "BertForMaskedLM.hidden"), "BERT §3.1, task 1; the rows are ours", """
+        ("MaskedLMHead.forward", "BertForMaskedLM.hidden"),
+        "BERT §3.1, task 1; the rows are ours", """
     logits = LayerNorm(GELU(W h)) Eᵀ + b
 
 with the word embeddings E as the decoder (tied weights). Only 15% of the positions have a label, so
@@ -117,17 +120,17 @@ up or down at random as in exercise 1, uniformly without replacement, so that a 
 is as likely as a word of one. A piece is a continuation where `continuation` is True **and** the
 position to its left is maskable; else it begins a word.""", 6, 75, 3, (
             "First find the pieces that begin a word.",
-            "If you knew which of those are drawn, how would the other pieces of a word hear of it? "
-            "A running maximum or a running count carries a number along a row.",
+            "If you knew which of those are drawn, how would the other pieces of a word hear of "
+            "it? A running maximum or a running count carries a number along a row.",
             "Why not a budget of pieces, filled word by word? Which words would fit more often?"),
         builds_on=(1,), docstrings={"whole_word_mask": """
 Returns a mask on whole words, drawn uniformly without replacement.
 
-Of a row's W words rate · W are masked, rounded up or down at random (ours; BERT's whole-word masking
-of 2019 is the source, and [T]'s second baseline).
+Of a row's W words rate · W are masked, rounded up or down at random. That is ours; the sources are
+BERT's whole-word masking of 2019 and [T]'s second baseline.
 
-maskable (B, L) bool; continuation (B, L) bool is True on "##" pieces. A piece that has no maskable
-piece before it begins a word, whatever it looks like. Returns (B, L) bool."""}),
+maskable (B, L) bool; continuation (B, L) bool is True on "##" pieces. A piece that has no
+maskable piece before it begins a word, whatever it looks like. Returns (B, L) bool."""}),
     Exercise(
         7, "Entropy", "masking.py", ("token_entropy",), "[E]'s score; Shannon 1948", """
     H = −Σ_v p(v) ln p(v),  p = softmax(logits)
@@ -154,7 +157,7 @@ Another `select` raises ValueError.""", 6, 75, 3, (
         builds_on=(1,)),
     Exercise(
         9, "The entropy of a hidden token", "masking.py", ("hidden_entropy",),
-        "ours, a second reading of [E], which does not say whether entropy is read at visible tokens", """
+        "ours, a second reading of [E], which does not say where entropy is read", """
 The entropy of a token that the model can see mostly says how rare the token is. So the maskable
 positions of each row are dealt at random into ⌈1/rate⌉ groups, as equal in size as can be, and each
 group is masked in turn: that many passes. Returns every position's entropy in the pass that hid it,
@@ -191,32 +194,43 @@ With e_i = onehot(x_i) W, how does the loss L move with the entry v of that one-
 from ∂L/∂e (B, L, H) and W (V, H), without a tensor of (B, L, V) entries, in float32, and without a
 gradient of its own. No sign and no absolute value: the class Typhoon applies the signs.""",
         4, 30, 2, ("Write the chain rule for one entry of the one-hot vector.",),
-        forbidden=("one_hot",)),
+        forbidden=("one_hot",), docstrings={"embedding_saliency": """
+Returns ∂L/∂onehot(x_i)[v] at v = token_ids_i: how the loss moves with that one-hot entry ([T]).
+
+embedding_grad (B, L, H) is ∂L/∂e with e_i = onehot(x_i) W; embedding_weight W (V, H);
+token_ids (B, L). Returns (B, L) float32, without a gradient of its own."""}),
     Exercise(
         13, "Typhoon's moving average", "masking.py", ("Typhoon.accumulate", "Typhoon.step"),
         "[T]'s public code of 2023", """
-For each type v in the batches of one step, with s = −dot of a visible token and +dot of a masked one:
+For each type v in the batches of one step, with s = −dot of a visible token and +dot of a masked
+one:
 
     s_v = mean of s over v's visible tokens + mean of s over v's masked tokens
     w_v ← (1 − β) w_v + β s_v,  and  w_v ← s_v  the first time
 
 A type without visible (or masked) tokens has 0 for that mean. Types that do not occur keep their w.
 Tokens that are not maskable never count. `accumulate` adds a batch to `self.totals`; `step` ends a
-step, after `reduce`, if there is one, has summed a tensor in place over data-parallel ranks. Several
-batches, or ranks, must give what one large batch gives.""", 6, 75, 3, (
+step, after `reduce`, if there is one, has summed a tensor in place over data-parallel ranks.
+Several batches, or ranks, must give what one large batch gives.""", 6, 75, 3, (
             "What can be summed over batches and ranks: sums, counts, or means?",
-            "`self.totals` (2, 2V) is given: sums and counts, of visible types and of masked ones.")),
+            "`self.totals` (2, 2V) is given: sums, counts; of visible types, then of masked ones."),
+        docstrings={"Typhoon.step": """
+Ends a step: w ← (1 − β) w + β s for each type that occurred; its first s sets its w.
+
+s is the mean over a type's visible tokens plus the mean over its masked ones. `reduce` sums a
+tensor in place over data-parallel ranks; every rank must end with the mean over the whole
+batch, as a single process would."""}),
     Exercise(
         14, "Typhoon's rates", "masking.py", ("Typhoon.rates",),
         "[T]: calibration to a budget; giving back what the cap at 1 cuts off is ours", """
     r(v) = min(1, c u(v)),  u(v) = 1 − σ + σ ŵ(v),  Σ_v f(v) r(v) = rate
 
 where ŵ is w scaled to [0, 1] over the types seen, and 1 for a type not seen yet; where all weights
-are equal, ŵ is 1. f is the frequency of a type in the corpus. Find c: what the cap cuts off one type
-is given back to all others, whose rates stay in proportion to u.""", 7, 90, 3, (
+are equal, ŵ is 1. f is the frequency of a type in the corpus. Find c: what the cap cuts off one
+type is given back to all others, whose rates stay in proportion to u.""", 7, 90, 3, (
             "Without the cap c has a closed form.",
-            "With it: the expected rate grows with c, so c can be bracketed; or order the types by u "
-            "and ask which of them are capped.",
+            "With it: the expected rate grows with c, so c can be bracketed; or order the types by "
+            "u and ask which of them are capped.",
             "Giving back once may push other types over 1."),
         builds_on=(13,)),
     Exercise(
@@ -228,13 +242,15 @@ the masked positions, and makes the gradients of
 
     world_size() · (sum of the loss over this micro-batch's masked positions) / masked_in_all
 
-The loss is exercise 11's, with α = `kd_weight` and the recipe's temperature. Returns that sum, without
-a graph. If the strategy `wants_gradient`, calls `observe(batch, hidden, gradient)`: `hidden` is True
-where the model did not see the token itself, and the gradient is that of the sum / masked_in_all at
-the word embeddings that went in. Both models run under `self.autocast()`; the teacher has no
-gradients. Where nothing is masked the loss is 0 and every parameter has a gradient of 0.""",
+The loss is exercise 11's, with α = `kd_weight` and the recipe's temperature. Returns that sum,
+without a graph. If the strategy `wants_gradient`, calls `observe(batch, hidden, gradient)`:
+`hidden` is True where the model did not see the token itself, and the gradient is that of the
+sum / masked_in_all at the word embeddings that went in. Both models run under `self.autocast()`;
+the teacher has no gradients. Where nothing is masked the loss is 0 and every parameter has a
+gradient
+of 0.""",
         10, 120, 3, (
-            "Two micro-batches must give the gradients of one large batch, whatever each has masked.",
+            "Two micro-batches must give the gradients of one large batch, whatever each masks.",
             "Give the model `inputs_embeds`, and keep their gradient.",
             "DistributedDataParallel averages gradients over ranks; masked_in_all counts over all.",
             "The mean of no numbers is nan."),
@@ -243,14 +259,15 @@ gradients. Where nothing is masked the loss is 0 and every parameter has a gradi
         16, "Matthews' correlation", "glue.py", ("matthews",), "Gorodkin 2004; GLUE's CoLA", """
     R_K = cov(X, Y) / √(cov(X, X) cov(Y, Y))
 
-where X and Y (n, K) hold a one-hot row for each prediction and each label, and cov sums the products
-of the deviations from the columns' means. Any number of classes under any numbers; 0 where one side
-is constant.""", 4, 40, 2, (
+where X and Y (n, K) hold a one-hot row for each prediction and each label, and cov sums the
+products of the deviations from the columns' means. Any number of classes under any numbers; 0
+where one side is constant.""", 4, 40, 2, (
             "For two classes it is Pearson's correlation.",
             "A class may be predicted that no label has."),
         forbidden=("corrcoef", "matthews_corrcoef"), docstrings={"matthews": """
-Returns Matthews' correlation of predicted and true classes, from −1 to 1, for any number of classes
-(R_K, Gorodkin 2004); 0 where one side is constant. predictions, labels (n,)."""}),
+Returns Matthews' correlation of predicted and true classes, from −1 to 1 (R_K, Gorodkin 2004).
+
+predictions, labels (n,), of any number of classes. 0 where one side is constant."""}),
     Exercise(
         17, "The paired t test and its interval", "stats.py",
         ("paired_t_test", "confidence_interval"), "Student 1908", """
@@ -263,22 +280,23 @@ Returns Matthews' correlation of predicted and true classes, from −1 to 1, for
     Exercise(
         18, "Holm's adjustment", "stats.py", ("holm",), "Holm 1979", """
 Of m p-values in rising order, p_(k) is significant at level α if p_(j) ≤ α / (m − j + 1) for every
-j ≤ k. The adjusted p-value is the smallest α ≤ 1 at which that holds, 1 if there is none. Results come
-in the order of the input. A nan stays nan, and counts in m.""", 3, 30, 2, (
+j ≤ k. The adjusted p-value is the smallest α ≤ 1 at which that holds, 1 if there is none. Results
+come in the order of the input. A nan stays nan, and counts in m.""", 3, 30, 2, (
             "Solve the condition for α, for one k first.",),
         forbidden=("multipletests", "scipy"), docstrings={"holm": """
-Returns the p-values adjusted for having made m comparisons, by Holm's step-down method (1979).
+Returns the p-values adjusted for m comparisons, by Holm's step-down method (1979).
 
-Claiming where the result is below alpha keeps the chance of any false claim among the m under alpha.
-Results are in the order of p_values. A nan stays nan and counts in m: a comparison that was made and
-could not be judged."""}),
+Claiming where the result is below alpha keeps the chance of any false claim among the m under
+alpha. Results are in the order of p_values. A nan stays nan and counts in m: a comparison that
+was made and could not be judged."""}),
     Exercise(
         19, "The two-way bootstrap", "stats.py", ("resampled_scores", "multi_bootstrap"),
         "Sellam et al. 2022 (2106.16163), the multi-bootstrap for paired seeds", """
 `resampled_scores` gives a run's score on R samples of m examples, drawn with replacement; the same
-seed draws the same examples for every run. `multi_bootstrap` has such scores of n seeds on both sides,
-(n, R), draws n seeds with replacement for each of the R columns, the same on both sides, and returns
-the percentiles (1 − level) / 2 and (1 + level) / 2 of the R mean differences a − b.""", 4, 60, 2, (
+seed draws the same examples for every run. `multi_bootstrap` has such scores of n seeds on both
+sides, (n, R), draws n seeds with replacement for each of the R columns, the same on both sides,
+and returns the percentiles (1 − level) / 2 and (1 + level) / 2 of the R mean differences a − b.""",
+        4, 60, 2, (
             "What a seed gives to both sides must cancel.",
             "`numpy.take_along_axis` takes another set of rows from each column."),
         forbidden=("scipy",)),
@@ -299,21 +317,22 @@ class OpenExercise(NamedTuple):
 
 OPEN_EXERCISES = (
     OpenExercise(20, "A strategy of your own", """
-Think of another answer to the question which tokens a model should guess, and write it as a class with
-a `mask` method in a file of its own: `python train.py --masking my_strategy.py:MyStrategy`. Compare it
-with random masking over at least five seeds (`python stats.py sweep --tasks mlm --help`), and report in
-at most two pages.""", 600, (
+Think of another answer to the question which tokens a model should guess, and write it as a class
+with a `mask` method in a file of its own: `python train.py --masking my_strategy.py:MyStrategy`.
+Compare it with random masking over at least five seeds (`python stats.py sweep --tasks mlm`), and
+report in at most two pages.""", 600, (
         (4, "the idea, and why it might help, in terms of what the model can learn from a token"),
         (4, "the masked share is the rate on texts of any length, shown by a measurement"),
         (4, "randomness comes from the generator; special tokens and padding are never masked"),
         (4, "five seeds or more, the same for both strategies; interval and p-value, adjusted if "
             "several comparisons were made"),
-        (4, "a conclusion that claims no more than the numbers do, and names what was not tested"))),
+        (4, "a conclusion that claims no more than the numbers do, and names what was not "
+            "tested"))),
     OpenExercise(21, "Does entropy masking do more than rarity masking?", """
-The entropy at a visible token mostly says how rare the token is. The strategy `rarity` is the control
-(ours): frequency in the entropy's place. Find out whether `entropy` does better than `rarity`, overall
-and on common, middling and rare word pieces (the three bands of the exam), with and without hidden
-entropies (`--entropy-input`).""", 600, (
+The entropy at a visible token mostly says how rare the token is. The strategy `rarity` is the
+control (ours): frequency in the entropy's place. Find out whether `entropy` does better than
+`rarity`, overall and on common, middling and rare word pieces (the three bands of the exam), with
+and without hidden entropies (`--entropy-input`).""", 600, (
         (4, "a hypothesis with a direction, written down before the runs, and the smallest effect "
             "that would matter"),
         (4, "the number of seeds follows from that effect (`stats.py report --effect`)"),
@@ -325,7 +344,7 @@ BY_NUMBER = {exercise.number: exercise for exercise in (*EXERCISES, *OPEN_EXERCI
 
 
 def chosen(numbers: list[int]) -> list:
-    """Returns the exercises of these numbers in order, all where there are none. Raises InputError."""
+    """Returns the exercises of these numbers in order; of no numbers, all. Raises InputError."""
     for number in numbers:
         if number not in BY_NUMBER:
             raise InputError(f"there is no exercise {number}: they are 1 to {max(BY_NUMBER)}")
@@ -369,35 +388,39 @@ def blank(text: str, name: str, message: str, docstring: str | None = None) -> s
     return "\n".join(lines[:first - 1] + new + lines[last:]) + "\n"
 
 
+def item(text: str) -> str:
+    """Returns an item of a Markdown list."""
+    return textwrap.fill(f"- {text}", 100, subsequent_indent="  ")
+
+
 def assignment(exercises: list) -> str:
     """Returns ASSIGNMENT.md."""
-    graded = [e for e in exercises if isinstance(e, Exercise)]
     parts = [f"""# Assignment
 
-{sum(e.points for e in exercises)} points. Each exercise is a function, or two, whose body is gone; the
-docstring gives shapes, units and errors. Write the body where it says `raise NotImplementedError`.
+{sum(e.points for e in exercises)} points. Each exercise is one to three functions without bodies;
+their docstrings give shapes, units and errors. Write a body where it says
+`raise NotImplementedError`.
 
-Check yourself with the public part of an exercise's checks, such as
-`python -m pytest -m exercise_{graded[0].number if graded else 1}`. The grader has further checks: of
-probabilities, of extreme inputs, of what is passed on. It grades each exercise by itself, in a
-working implementation: a mistake in one costs no point in another. Your own checks of an exercise
-need the earlier ones that it builds on.
+Check yourself with the public part of an exercise's checks, `python -m pytest -m exercise_6` for
+exercise 6. The grader has further checks: of probabilities, of extreme inputs, of what is passed
+on. It grades each exercise by itself, in a working implementation: a mistake in one costs no point
+in another. Your own checks of an exercise need the earlier ones that it builds on.
 
 - Hand in the six .py files. Only the named functions count, and what they use of your own: imports,
   functions at the top level of the same file, and methods of the same class.
-- Random numbers come from the `generator` that a function is given. No check asks for one particular
-  draw; distributions are compared.
-- An exercise has {CPU_SECONDS} seconds. Code that prints, exits, writes files or starts programs has
-  no points: take such lines out.
+- Random numbers come from the `generator` that a function is given. No check asks for one
+  particular draw; distributions are compared.
+- An exercise has {CPU_SECONDS} seconds. Code that prints, exits, writes files or starts programs
+  has no points: take such lines out.
 - "Ours" marks a definition that is this project's, because the paper leaves it open or its text was
   not at hand. B is the batch, L tokens, K and N chosen tokens, H the width, V the vocabulary.
-- [E] is Srinivasagan et al. 2026, arXiv 2605.28526. [T] is Abdurrahman et al., arXiv 2303.15619."""]
+- [E] is Srinivasagan et al. 2026, arXiv 2605.28526; [T] is Abdurrahman et al., arXiv 2303.15619.\
+"""]
     for exercise in exercises:
         if isinstance(exercise, OpenExercise):
-            rubric = "\n".join(textwrap.fill(f"- {points} points: {what}", 100, subsequent_indent="  ")
-                               for points, what in exercise.rubric)
-            parts.append(f"## {exercise.number}. {exercise.title}\n\n{exercise.points} points, about "
-                         f"{exercise.minutes // 60} hours, graded by this rubric.\n"
+            rubric = "\n".join(item(f"{points} points: {what}") for points, what in exercise.rubric)
+            parts.append(f"## {exercise.number}. {exercise.title}\n\n{exercise.points} points, "
+                         f"about {exercise.minutes // 60} hours, graded by this rubric.\n"
                          f"{exercise.text}\n\n{rubric}")
             continue
         names = ", ".join(f"`{name}`" for name in exercise.functions)
@@ -410,9 +433,7 @@ need the earlier ones that it builds on.
         if exercise.forbidden:
             calls = ", ".join(f"`{name}`" for name in exercise.forbidden)
             lines.append(f"Not allowed: {calls}.")
-        hints = [textwrap.fill(f"- Hint: {hint}", 100, subsequent_indent="  ")
-                 for hint in exercise.hints]
-        lines += ["", *hints, "",
+        lines += ["", *(item(f"Hint: {hint}") for hint in exercise.hints), "",
                   f"Check: `python -m pytest -m exercise_{exercise.number}`"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -420,8 +441,9 @@ need the earlier ones that it builds on.
 
 HANDOUT_README = """# minimask, the hand-out
 
-A masked language model from scratch, five ways to choose which tokens it must guess, distillation, GLUE,
-and the statistics to compare them. Some functions are yours to write: see ASSIGNMENT.md.
+A masked language model from scratch, five ways to choose which tokens it must guess,
+distillation, GLUE, and the statistics to compare them. Some functions are yours to write: see
+ASSIGNMENT.md.
 
     pip install -r requirements.txt
     python -m pytest -m exercise_1
@@ -502,7 +524,7 @@ def forbidden_calls(exercise: Exercise, tree: ast.Module, reference: ast.Module)
 
 
 def run_alone(exercise: Exercise, path: Path, seconds: float) -> str | None:
-    """Runs an exercise's checks in a process of its own. Returns the sentence, None for full points."""
+    """Runs an exercise's checks in a process of its own. Returns what is wrong, or None."""
     command = [sys.executable, str(EXERCISES_DIR / "grading.py"), str(exercise.number), str(path)]
     with tempfile.TemporaryDirectory() as empty:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -548,7 +570,8 @@ def grade_one(exercise: Exercise, folder: Path, seconds: float = 2 * CPU_SECONDS
     return Result(exercise, run_alone(exercise, path, seconds))
 
 
-def grade(folder: Path, exercises: list[Exercise], seconds: float = 2 * CPU_SECONDS) -> list[Result]:
+def grade(folder: Path, exercises: list[Exercise],
+          seconds: float = 2 * CPU_SECONDS) -> list[Result]:
     """Grades the exercises, two at a time. Raises InputError on a folder that is no hand-out."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
@@ -589,7 +612,8 @@ def parse_args(argv=None):
         command.add_argument("folder", type=Path, metavar="DIR")
         command.add_argument("numbers", type=int, nargs="*", metavar="NUMBERS",
                              help="exercises (default: all)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write Gradescope's results")
+    command.add_argument("--json", type=Path, metavar="FILE",
+                         help="also write Gradescope's results")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""The grader takes the points of every wrong solution and of no right one; the hand-out holds none."""
+"""Every wrong solution loses its points and no right one does; the hand-out holds no solution."""
 import ast
 import json
 import shutil
@@ -136,11 +136,12 @@ def test_no_line_of_a_solution_is_left(students):
 
 def test_the_hand_out_is_a_working_repository_with_holes(students):
     names = {path.name for path in students.rglob("*") if path.is_file()}
-    assert names == {*FILES, "requirements.txt", "LICENSE", "README.md", "ASSIGNMENT.md", "pytest.ini",
-                     "test_public.py"}
+    assert names == {*FILES, "requirements.txt", "LICENSE", "README.md", "ASSIGNMENT.md",
+                     "pytest.ini", "test_public.py"}
     check = "import stats, masking, torch\n" \
             "masking.token_entropy(torch.zeros(1, 3))"
-    done = subprocess.run([sys.executable, "-c", check], cwd=students, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", check], cwd=students, capture_output=True,
+                          text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "NotImplementedError: exercise 7: token_entropy"
 
@@ -196,8 +197,8 @@ def test_an_untouched_hand_out_has_no_points(students):
 
 
 def test_solutions_are_graded_each_by_itself(student, tmp_path, capsys):
-    """Of one file: a right solution with helpers of the student's own, and solutions that print, exit,
-    end the process, write a file, loop and start a program. All are in the folder at once."""
+    """Of one file: a right solution with helpers of the student's own, and solutions that print,
+    exit, end the process, write a file and start a program. All are in the folder at once."""
     source = (student / "masking.py").read_text()
     target = tmp_path / "written"
     for number, code in (
@@ -232,8 +233,8 @@ def test_solutions_are_graded_each_by_itself(student, tmp_path, capsys):
              for result in grade(student, by_number(1, 2, 6, 7, 8, 9, 12))}
     assert found.pop(7) is None
     assert found.pop(1) == "not done yet"
-    expected = {2: "it calls exit()", 6: "it ended the process (status 0)", 8: "it starts a program",
-                9: "it writes a file", 12: "it prints 'gradient 1'"}
+    expected = {2: "it calls exit()", 6: "it ended the process (status 0)",
+                8: "it starts a program", 9: "it writes a file", 12: "it prints 'gradient 1'"}
     assert {number: words for number, words in expected.items()
             if not found[number].startswith(words)} == {}
     assert not target.exists()
@@ -265,7 +266,8 @@ def test_a_call_that_is_not_allowed(student):
 def test_half_of_an_exercise(student):
     exercise, = by_number(17)
     text = (student / "stats.py").read_text()
-    text = text.replace('raise NotImplementedError("exercise 17: paired_t_test")', "return 0.0, 1.0")
+    text = text.replace('raise NotImplementedError("exercise 17: paired_t_test")',
+                        "return 0.0, 1.0")
     (student / "stats.py").write_text(text)
     assert grade_one(exercise, student).sentence == "not done yet: confidence_interval"
 

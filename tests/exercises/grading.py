@@ -35,17 +35,19 @@ MEMORY = 6 * 2 ** 30  # bytes of data; the reference needs less than one GiB
 FORBIDDEN = {  # audit event: what a student did, in words
     "os.remove": "removes a file", "os.rename": "renames a file", "os.mkdir": "makes a folder",
     "os.rmdir": "removes a folder", "os.truncate": "writes a file", "os.link": "writes a file",
-    "os.symlink": "writes a file", "os.chmod": "changes a file", "shutil.rmtree": "removes a folder",
+    "os.symlink": "writes a file", "os.chmod": "changes a file",
+    "shutil.rmtree": "removes a folder",
     "os.system": "starts a program", "os.exec": "starts a program", "os.fork": "starts a process",
     "os.posix_spawn": "starts a program", "subprocess.Popen": "starts a program",
-    "os.kill": "sends a signal", "os.killpg": "sends a signal", "socket.connect": "opens a connection",
+    "os.kill": "sends a signal", "os.killpg": "sends a signal",
+    "socket.connect": "opens a connection",
 }
 
 
 # --- functions in trees ---------------------------------------------------------------------------
 
 def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """Returns what a module or a class defines at its top level, by name; the last definition counts."""
+    """Returns what a module or a class defines at its top level, by name; the last one counts."""
     found = {}
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -80,8 +82,8 @@ def used_names(node: ast.AST) -> set[str]:
 def helpers(tree: ast.Module, reference: ast.Module, names: list[str]) -> tuple[list, list]:
     """Returns what a student added and the functions `names` use: (top-level nodes, methods).
 
-    A method comes with the name of its class. What the reference defines itself is left out: only an
-    exercise's own functions may replace the reference's."""
+    A method comes with the name of its class. What the reference defines itself is left out: only
+    an exercise's own functions may replace the reference's."""
     theirs, ours = definitions(tree.body), definitions(reference.body)
     new = {name: node for name, node in theirs.items() if name not in ours}
     methods = []
@@ -111,8 +113,8 @@ def find_class(tree: ast.Module, name: str) -> ast.ClassDef:
 def installed(tree: ast.Module, path: str, names: list[str]):
     """The functions `names` of a student's file stand in for the reference's, in all its modules.
 
-    The file is not run: only these functions, and what the student added for them, are compiled into
-    the reference's module. Afterwards everything is as it was."""
+    The file is not run: only these functions, and what the student added for them, are compiled
+    into the reference's module. Afterwards everything is as it was."""
     module = importlib.import_module(Path(path).stem)
     reference = ast.parse(Path(module.__file__).read_bytes())
     added, methods = helpers(tree, reference, names)
@@ -211,8 +213,8 @@ def limit_resources():
 
 
 def watch(path: str) -> list[str]:
-    """Refuses from now on what an exercise has no need of, in calls that come from the student's file.
-    Returns the list that records offences."""
+    """Refuses from now on what an exercise has no need of, in calls that come from the student's
+    file. Returns the list that records offences."""
     offences = []
 
     def from_student():
@@ -254,7 +256,7 @@ def main():
     try:
         with installed(tree, path, names):
             result = first_failure(number, path)
-    except (Exception, SystemExit) as error:  # a decorator or a default value of the student's raised
+    except (Exception, SystemExit) as error:  # raised by a decorator or a default value
         result = sentence(error, path)
     verdict.write("\n" + json.dumps(offences[0] if offences else result) + "\n")
     verdict.flush()

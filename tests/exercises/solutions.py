@@ -1,4 +1,4 @@
-"""Right and wrong solutions of the exercises, to test the grader with; students never see this file.
+"""Right and wrong solutions of the exercises, to test the grader with; not for students.
 
 For each exercise: solutions that are as right as the reference but written differently, and
 plausible wrong ones. A wrong solution is an edit of the first right one, so that it holds exactly
@@ -84,7 +84,8 @@ def random_mask(maskable, rate, generator=None):
      "(noise < rate) & maskable"),
     ("the first tokens", "return top_k(noise, ", "return top_k(0 * noise, "),
     ("the lowest scores", ".topk(n)", ".topk(n, largest=False)"),
-    ("padding may be chosen", "maskable[row].nonzero()", "torch.ones_like(maskable[row]).nonzero()"),
+    ("padding may be chosen", "maskable[row].nonzero()",
+     "torch.ones_like(maskable[row]).nonzero()"),
     ("one too few", "min(int(k[row]), len(there))", "max(0, min(int(k[row]), len(there)) - 1)"),
     ("one k for all rows", "int(k[row])", "int(k[0])"),
 ])
@@ -109,7 +110,8 @@ def corrupt(input_ids, mask, mask_token_id, vocab_size, split=(0.8, 0.1, 0.1), g
             special_ids=()):
     corrupted, labels = input_ids.clone(), input_ids.clone()
     ordinary = sorted(set(range(vocab_size)) - set(special_ids))
-    fates = torch.multinomial(torch.tensor(split).float(), input_ids.numel(), True, generator=generator)
+    shares = torch.tensor(split).float()
+    fates = torch.multinomial(shares, input_ids.numel(), True, generator=generator)
     fates = fates.reshape(input_ids.shape).tolist()
     words = torch.randint(len(ordinary), input_ids.shape, generator=generator).tolist()
     for row, masked in enumerate(mask.tolist()):
@@ -132,7 +134,8 @@ def corrupt(input_ids, mask, mask_token_id, vocab_size, split=(0.8, 0.1, 0.1), g
     ("random words may be special", "if v not in special_ids", ""),
     ("never the last word", "torch.randint(len(words), ", "torch.randint(len(words) - 1, "),
     ("one random word a batch", "words[number]", "words[number[:1]]"),
-    ("ignores the generator of the fates", "input_ids.shape, generator=generator", "input_ids.shape"),
+    ("ignores the generator of the fates", "input_ids.shape, generator=generator",
+     "input_ids.shape"),
     ("ignores the generator of the words", "(int(swap.sum()),), generator=generator",
      "(int(swap.sum()),)"),
     ("the 10 per cent of what is left", "dice < split[0] + split[1]",
@@ -189,7 +192,8 @@ def forward(self, query_hidden, hidden, key_mask=None):
      "self.key(hidden)", "self.query(hidden)"),
     ("masked scores are 0", "-math.inf", "0"),
     ("the mask is upside down", "~key_mask", "key_mask"),
-    ("the mask after the softmax", ".masked_fill(~key_mask, -math.inf)", "", "self.dropout(weights)",
+    ("the mask after the softmax", ".masked_fill(~key_mask, -math.inf)", "",
+     "self.dropout(weights)",
      "self.dropout(weights if key_mask is None else weights * key_mask)"),
     ("no mask", ".masked_fill(~key_mask, -math.inf)", ""),
     ("no dropout", "self.dropout(weights)", "weights"),
@@ -202,7 +206,8 @@ def forward(self, query_hidden, hidden, key_mask=None):
     ("one head", "d = H // self.heads", "d = H", "(self.heads, d)", "(1, d)"),
     ("no output layer", "self.output(mixed)", "mixed"),
     ("everybody asks", "self.query(query_hidden)", "self.query(hidden)"),
-    ("queries answer as well", "H = hidden.shape[-1]", "hidden, H = query_hidden, hidden.shape[-1]"),
+    ("queries answer as well", "H = hidden.shape[-1]",
+     "hidden, H = query_hidden, hidden.shape[-1]"),
     ("values are the keys", "self.value(hidden)", "self.key(hidden)"),
     ("values of nothing but the hidden states", "self.value(hidden)", "hidden"),
 ])
@@ -259,7 +264,8 @@ def forward(self, hidden, key_mask=None, queries=None):
     ("a ReLU", "F.gelu(", "F.relu("),
     ("the tanh approximation", "F.gelu(self.intermediate(middle))",
      "F.gelu(self.intermediate(middle), approximate='tanh')"),
-    ("the key mask is lost", "self.attention(hidden, hidden, key_mask)", "self.attention(hidden, hidden)"),
+    ("the key mask is lost", "self.attention(hidden, hidden, key_mask)",
+     "self.attention(hidden, hidden)"),
     ("queries are ignored", "if queries is not None", "if False"),
     ("no last norm", "self.output_norm(middle + fed)", "middle + fed"),
 ])
@@ -321,10 +327,12 @@ class BertForMaskedLM:
     ("positions are ignored", "if positions is None", "if True"),
     ("the first positions only", "return hidden[positions]",
      "return hidden[:, :positions.sum(1).max()].flatten(0, 1)"),
-    ("the attention mask is lost", "self.bert(input_ids, attention_mask,", "self.bert(input_ids, None,"),
+    ("the attention mask is lost", "self.bert(input_ids, attention_mask,",
+     "self.bert(input_ids, None,"),
     ("token types are lost", "token_type_ids, inputs_embeds)\n", "None, inputs_embeds)\n"),
     ("inputs_embeds are lost", "token_type_ids, inputs_embeds)\n", "token_type_ids)\n"),
-    ("fillers are kept", ".reshape(-1, hidden.shape[-1])[chosen]", ".reshape(-1, hidden.shape[-1])"),
+    ("fillers are kept", ".reshape(-1, hidden.shape[-1])[chosen]",
+     ".reshape(-1, hidden.shape[-1])"),
 ])
 
 # --- 6: whole-word masking ------------------------------------------------------------------------
@@ -363,7 +371,8 @@ def whole_word_mask(maskable, continuation, rate, generator=None):
     chosen = rank < k[:, None]
     return chosen.gather(1, (number - 1).clamp(min=0)) & maskable
 '''}, [
-    ("a coin for each word", "up = torch.rand(1, generator=generator).item() < wanted - int(wanted)",
+    ("a coin for each word",
+     "up = torch.rand(1, generator=generator).item() < wanted - int(wanted)",
      "up, wanted = 0, sum(torch.rand(len(words), generator=generator) < rate)"),
     ("the first piece only", "mask[row, words[word]] = True", "mask[row, words[word][0]] = True"),
     ("single pieces", "words[-1].append(i)", "words.append([i])"),
@@ -380,14 +389,15 @@ def whole_word_mask(maskable, continuation, rate, generator=None):
     ("long words first", "order[:int(wanted) + up]",
      "sorted(order, key=lambda w: -len(words[w]))[:int(wanted) + up]"),
     ("a word for each piece drawn", "torch.randperm(len(words), generator=generator).tolist()",
-     "list(dict.fromkeys(w for i in torch.randperm(maskable.shape[1], generator=generator).tolist() "
+     "list(dict.fromkeys(w for i in torch.randperm(10, generator=generator).tolist() "
      "for w, word in enumerate(words) if i in word))"),
     ("the rate of the pieces as a number of words", "rate * len(words)",
      "rate * int(maskable[row].sum())"),
     ("glued over a special token", " and maskable[row, i - 1]", " and words"),
     ("the generator is ignored", "torch.randperm(len(words), generator=generator)",
      "torch.randperm(len(words))"),
-    ("the first words", "torch.randperm(len(words), generator=generator)", "torch.arange(len(words))"),
+    ("the first words", "torch.randperm(len(words), generator=generator)",
+     "torch.arange(len(words))"),
 ])
 
 # --- 7: entropy -----------------------------------------------------------------------------------
@@ -417,7 +427,8 @@ def token_entropy(logits):
     ("overflow", "F.log_softmax(logits.float(), dim=-1)",
      "(logits.float().exp() / logits.float().exp().sum(-1, keepdim=True)).log()"),
     ("half precision", "logits.float()", "logits"),
-    ("one minus the highest probability", "return -terms.sum(dim=-1)", "return 1 - p.max(-1).values"),
+    ("one minus the highest probability", "return -terms.sum(dim=-1)",
+     "return 1 - p.max(-1).values"),
     ("the cross-entropy of the best word", "return -terms.sum(dim=-1)",
      "return -log_p.max(-1).values"),
 ])
@@ -469,7 +480,8 @@ def select_positions(scores, maskable, k, select, generator=None):
     raise ValueError(select)
 '''}, [
     ("high and low exchanged", "order[:n]\n        elif select == \"low\":\n            chosen = "
-     "order.flip(0)[:n]", "order.flip(0)[:n]\n        elif select == \"low\":\n            chosen = "
+     "order.flip(0)[:n]",
+     "order.flip(0)[:n]\n        elif select == \"low\":\n            chosen = "
      "order[:n]"),
     ("low ignores low", "order.flip(0)[:n]", "order[:n]"),
     ("special tokens may be chosen", "maskable[row].nonzero()",
@@ -480,7 +492,8 @@ def select_positions(scores, maskable, k, select, generator=None):
     ("mixed is all random", "rest = order[n // 2:]", "rest = order", "[:n - n // 2]", "[:n]",
      "torch.cat([order[:n // 2], anyone])", "anyone"),
     ("mixed loses an odd one", "n - n // 2", "n // 2"),
-    ("mixed takes half of the lowest", "[order[:n // 2], anyone]", "[order.flip(0)[:n // 2], anyone]"),
+    ("mixed takes half of the lowest", "[order[:n // 2], anyone]",
+     "[order.flip(0)[:n // 2], anyone]"),
     ("mixed ignores its generator", "torch.randperm(len(rest), generator=generator)",
      "torch.randperm(len(rest))"),
     ("sample is uniform", "left = values.clamp(min=1e-12)", "left = torch.ones_like(values)"),
@@ -542,7 +555,8 @@ def hidden_entropy(model, batch, rate, mask_token_id, generator=None):
     ("groups of unequal size", "deal[torch.randperm(len(there), generator=generator)]",
      "torch.randint(groups, (len(there),), generator=generator)"),
     ("nothing is hidden", "torch.where(hidden, mask_token_id, batch.input_ids)", "batch.input_ids"),
-    ("what was hidden stays hidden", "ids = torch.where(hidden, ", "ids = torch.where((group >= 0) & "
+    ("what was hidden stays hidden", "ids = torch.where(hidden, ",
+     "ids = torch.where((group >= 0) & "
      "(group <= number), "),
     ("all but the group is hidden", "ids = torch.where(hidden, ",
      "ids = torch.where((group >= 0) & ~hidden, "),
@@ -608,7 +622,8 @@ class SelfEntropy:
     ("in place", "batch.input_ids.clone()", "batch.input_ids"),
     ("dropout is on", "position_entropy(context.model, batch, ids, candidates)",
      "token_entropy(context.model.train()(ids, batch.attention_mask)).detach()"),
-    ("the model is left in evaluation mode", "position_entropy(context.model, batch, ids, candidates)",
+    ("the model is left in evaluation mode",
+     "position_entropy(context.model, batch, ids, candidates)",
      "token_entropy(context.model.eval()(ids, batch.attention_mask)).detach()"),
     ("gradients are kept", "position_entropy(context.model, batch, ids, candidates)",
      "token_entropy(context.model(ids, batch.attention_mask)); entropy.sum().backward()"),
@@ -658,7 +673,8 @@ def kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
      "F.kl_div(log_t, log_s, reduction='batchmean', log_target=True)"),
     ("cross-entropy of softened logits", "F.cross_entropy(z_s, labels)",
      "F.cross_entropy(z_s / temperature, labels)"),
-    ("the soft targets' cross-entropy", "(log_t.exp() * (log_t - log_s))", "(-log_t.exp() * log_s)"),
+    ("the soft targets' cross-entropy", "(log_t.exp() * (log_t - log_s))",
+     "(-log_t.exp() * log_s)"),
     ("overflow", "torch.log_softmax(z_s / temperature, -1)",
      "((z_s / temperature).exp() / (z_s / temperature).exp().sum(-1, keepdim=True)).log()"),
     ("underflow", "torch.log_softmax(z_s / temperature, -1)",
@@ -787,7 +803,8 @@ class Typhoon:
     ("ranks are reduced after the means", "reduce(self.totals)", "pass",
      "s = mean[:V] + mean[V:]\n",
      "s = mean[:V] + mean[V:]\n        if reduce:\n            reduce(s)\n"),
-    ("without a mask everything is masked", "torch.zeros_like(maskable)", "torch.ones_like(maskable)"),
+    ("without a mask everything is masked", "torch.zeros_like(maskable)",
+     "torch.ones_like(maskable)"),
 ])
 
 # --- 14: Typhoon's rates --------------------------------------------------------------------------
@@ -839,7 +856,8 @@ class Typhoon:
     ("spread turned around", "1 - self.spread + self.spread * scaled",
      "self.spread + (1 - self.spread) * scaled"),
     ("no floor", "1 - self.spread + self.spread * scaled", "self.spread * scaled + 1e-9"),
-    ("the highest weight has the lowest rate", "self.spread * scaled", "self.spread * (1 - scaled)"),
+    ("the highest weight has the lowest rate", "self.spread * scaled",
+     "self.spread * (1 - scaled)"),
     ("no cap", "return (high * u).clamp(max=1)",
      "return self.rate * u / (self.frequency * u).sum()"),
     ("what the cap cuts is lost", "return (high * u).clamp(max=1)",
@@ -953,8 +971,10 @@ class Trainer:
     ("returns the graph", "return loss.detach()", "return loss"),
     ("no backward pass", "scaled.backward()", "scaled.backward() if watching else None"),
     ("observe is given the mask", "hidden = corrupted != batch.input_ids", "hidden = mask"),
-    ("observe is never called", "if watching:\n            hidden", "if False:\n            hidden"),
-    ("the uncorrupted text goes in", "word_embeddings(corrupted)", "word_embeddings(batch.input_ids)"),
+    ("observe is never called", "if watching:\n            hidden",
+     "if False:\n            hidden"),
+    ("the uncorrupted text goes in", "word_embeddings(corrupted)",
+     "word_embeddings(batch.input_ids)"),
     ("labels are what the model reads", "targets = labels[mask]", "targets = corrupted[mask]"),
     ("the teacher always runs", "if kd_weight:", "if self.teacher:"),
 ])
@@ -1065,8 +1085,10 @@ def confidence_interval(differences, level=LEVEL):
     ("n degrees of freedom", "p = t_tail(t, n - 1)", "p = t_tail(t, n)"),
     ("one-sided", "p = t_tail(t, n - 1)", "p = t_tail(t, n - 1) / 2"),
     ("a normal distribution", "p = t_tail(t, n - 1)", "p = math.erfc(abs(t) / 2 ** 0.5)"),
-    ("different lengths", "if len(a) != len(b):\n", "a, b = a[:len(b)], b[:len(a)]\n    if False:\n"),
-    ("p of 0 without a spread", '(1 if mean > 0 else -1), float("nan")', "(1 if mean > 0 else -1), 0.0"),
+    ("different lengths", "if len(a) != len(b):\n",
+     "a, b = a[:len(b)], b[:len(a)]\n    if False:\n"),
+    ("p of 0 without a spread", '(1 if mean > 0 else -1), float("nan")',
+     "(1 if mean > 0 else -1), 0.0"),
     ("infinity without its sign", "(1 if mean > 0 else -1)", "1"),
     ("nan where all are 0", "return 0.0, 1.0", 'return float("nan"), float("nan")'),
     ("one seed has a t", 'if n == 1:\n        return float("nan"), float("nan")\n    if sd',
@@ -1181,15 +1203,18 @@ def multi_bootstrap(a, b, level=LEVEL, seed=0):
     ("the whole error in each tail", "tail = (1 - level) / 2", "tail = 1 - level"),
     ("a fixed level", "tail = (1 - level) / 2", "tail = 0.025"),
     ("one seed has an interval", "if n == 1:", "if n == 0:"),
-    ("the seed is ignored", "np.random.default_rng(seed)\n    n, R", "np.random.default_rng(0)\n    n, R"),
+    ("the seed is ignored", "np.random.default_rng(seed)\n    n, R",
+     "np.random.default_rng(0)\n    n, R"),
     ("the last seed is never drawn", "seeds = rng.integers(0, n, size=n)",
      "seeds = rng.integers(0, n - 1, size=n)"),
     ("examples without replacement", "rng.integers(0, m, size=m)", "rng.permutation(m)"),
     ("half as many examples", "rng.integers(0, m, size=m)", "rng.integers(0, m, size=m // 2)"),
-    ("columns by themselves", "column[rows] for column", "column[rng.integers(0, m, size=m)] for column"),
+    ("columns by themselves", "column[rows] for column",
+     "column[rng.integers(0, m, size=m)] for column"),
     ("the examples depend on the clock", "rng = np.random.default_rng(seed)\n    columns",
      "rng = np.random.default_rng()\n    columns"),
     ("the examples ignore the seed", "rng = np.random.default_rng(seed)\n    columns",
      "rng = np.random.default_rng(0)\n    columns"),
-    ("the first examples only", "rng.integers(0, m, size=m)", "rng.integers(0, m - m // 4, size=m)"),
+    ("the first examples only", "rng.integers(0, m, size=m)",
+     "rng.integers(0, m - m // 4, size=m)"),
 ])

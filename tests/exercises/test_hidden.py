@@ -104,7 +104,8 @@ def test_shares_of_the_three_fates():
         got, labels = masking.corrupt(ids, mask, 4, 40, split, generator(1), special)
         words = 35  # a random word is the original one now and then
         masked, kept = (got[mask] == 4).sum() / n, (got[mask] == ids[mask]).sum() / n
-        assert likely(masked, split[0], n), f"corrupt: {masked:.3f} of the masked positions become " \
+        assert likely(masked, split[0], n), \
+            f"corrupt: {masked:.3f} of the masked positions become " \
             f"[MASK], not split[0] = {split[0]}"
         assert likely(kept, split[2] + split[1] / words, n), f"corrupt: {kept:.3f} of the masked " \
             f"positions keep their token, not split[2] = {split[2]}; random words have split[1]"
@@ -139,7 +140,7 @@ def test_corruption_follows_its_generator_and_masks_each_position_by_itself():
 # --- 3: attention ---------------------------------------------------------------------------------
 
 def attention_by_hand(layer, hidden, key_mask=None, mistake=None):
-    """Returns softmax(Q Kᵀ / √d) V for each head by loops, in float64, with one mistake if wanted."""
+    """Returns softmax(Q Kᵀ / √d) V for each head by loops, in float64, with a mistake if wanted."""
     B, L, H = hidden.shape
     d = H // layer.heads
     q, k, v = (hidden.double() @ part.weight.double().T + part.bias.double()
@@ -209,8 +210,9 @@ def test_dropout_falls_on_the_weights():
         part.weight[:], part.bias[:] = 0, 1
     layer.output.weight[:], layer.output.bias[:] = torch.eye(12), 0
     hidden = hidden_states(40, 50, 12)
-    assert near(layer(hidden, hidden), torch.ones(40, 50, 12)), "attention: dropout in evaluation mode"
-    got = layer.train()(hidden, hidden)  # the sum of each head's weights, in every column of that head
+    assert near(layer(hidden, hidden), torch.ones(40, 50, 12)), \
+        "attention: dropout in evaluation mode"
+    got = layer.train()(hidden, hidden)  # the sum of a head's weights, in each of its columns
     assert not near(got, torch.ones(40, 50, 12), 1e-3), \
         "attention: no dropout on the attention weights in training"
     heads = got.unflatten(-1, (3, 4))
@@ -225,7 +227,7 @@ def test_dropout_falls_on_the_weights():
 # --- 4: the block ---------------------------------------------------------------------------------
 
 def block_by_hand(layer, hidden, mistake=None):
-    """Returns the block's formula from its parts, in evaluation mode, with one mistake if wanted."""
+    """Returns the block's formula from its parts, without dropout, with a mistake if wanted."""
     act = {"relu": F.relu, "tanh": lambda x: F.gelu(x, approximate="tanh")}.get(mistake, F.gelu)
     middle, last = layer.attention_norm, layer.output_norm
     if mistake == "pre":
@@ -247,7 +249,8 @@ def test_the_block_is_the_formula():
     named = {"pre": "LayerNorm comes before attention: BERT normalises after the sum",
              "first residual": "attention's output is not added to its input",
              "second residual": "the feed-forward's output is not added to its input",
-             "old residual": "the feed-forward's output is added to the block's input, not to its own",
+             "old residual": "the feed-forward's output is added to the block's input, and not to "
+                             "its own",
              "one norm": "attention_norm stands in output_norm's place",
              "relu": "the feed-forward has a ReLU, not GELU",
              "tanh": "GELU is the tanh approximation; BERT's is exact"}
@@ -283,7 +286,8 @@ def test_dropout_falls_on_both_outputs_before_the_sum():
     assert not near(got, layer.output_norm(alone), 1e-4), "block: no dropout on attention's output"
     assert not near(got, block_by_hand(layer, hidden), 1e-4), "block: no dropout in training"
     nothing = layer.output_norm(layer.attention_norm.bias).expand_as(got)
-    assert not near(got, nothing, 1e-4), "block: dropout falls on the sum, and not on what is added to it"
+    assert not near(got, nothing, 1e-4), \
+        "block: dropout falls on the sum, and not on what is added to it"
     assert near(got, layer.output_norm(layer.attention_norm(hidden)), 1e-4), \
         "block: with dropout 1 nothing but the two LayerNorms must be left"
     assert near(layer.eval()(hidden), block_by_hand(layer, hidden), 1e-4), \
@@ -378,7 +382,8 @@ def test_every_pair_of_words_is_equally_likely():
         "whole-word: it splits a word"
     first = mask[:, [1, 3, 4, 5, 8]]  # words of 2, 1, 1, 3, 1 pieces
     share = first.double().mean(0)
-    assert likely(share, 0.4, 3000), "whole-word: words are not equally likely: of 2, 1, 1, 3 and " \
+    assert likely(share, 0.4, 3000), \
+        "whole-word: words are not equally likely: of 2, 1, 1, 3 and " \
         f"1 pieces, they are masked in {', '.join(f'{x:.3f}' for x in share)} of the draws, not 0.4"
     for pair in itertools.combinations(range(5), 2):
         assert likely(first[:, pair].all(1).double().mean(), 0.1, 3000), \
@@ -429,7 +434,8 @@ def test_entropy_is_torch_distributions_entropy():
 
 @exercise(7)
 def test_entropy_of_extreme_logits():
-    got = masking.token_entropy(torch.tensor([[0.0, 0.0, -math.inf], [1e4, 1e4, -1e4], [1e4, 0, 0]]))
+    logits = torch.tensor([[0.0, 0.0, -math.inf], [1e4, 1e4, -1e4], [1e4, 0, 0]])
+    got = masking.token_entropy(logits)
     assert not got.isnan().any(), "entropy: nan where a probability is 0 (0 · ln 0 counts as 0)"
     assert near(got, [math.log(2), math.log(2), 0], 1e-5), \
         "entropy: large logits overflow, or words of probability 0 count"
@@ -480,16 +486,19 @@ def test_sample_with_entropies_of_zero():
 def test_mixed_is_half_the_highest_and_half_anyone():
     entropy, maskable = torch.arange(10.0).repeat(3000, 1), rows(9, width=10).repeat(3000, 1)
     got = masking.select_positions(entropy, maskable, torch.full((3000,), 4), "mixed", generator())
-    assert (got.sum(1) == 4).all(), "selections: mixed does not take k positions: its random half " \
+    assert (got.sum(1) == 4).all(), \
+        "selections: mixed does not take k positions: its random half " \
         "may fall on the positions that are taken already"
     assert got[:, 7:9].all(), "selections: mixed does not take the k/2 most uncertain"
     share = got[:, :7].double().mean(0)
-    assert likely(share, 2 / 7, 3000), "selections: mixed's second half is not uniform over the rest"
+    assert likely(share, 2 / 7, 3000), \
+        "selections: mixed's second half is not uniform over the rest"
     pair = got[:, :2].all(1).double().mean()
     assert likely(pair, 1 / 21, 3000), "selections: mixed's second half is not drawn independently"
     odd = masking.select_positions(entropy, maskable, torch.full((3000,), 5), "mixed", generator())
     assert (odd.sum(1) == 5).all() and odd[:, 7:9].all(), "selections: mixed loses one of an odd k"
-    short = masking.select_positions(entropy[:2], rows(3, 0, width=10), torch.tensor([5, 2]), "mixed")
+    short = masking.select_positions(entropy[:2], rows(3, 0, width=10), torch.tensor([5, 2]),
+                                     "mixed")
     assert short.sum(1).tolist() == [3, 0], "selections: mixed in a row with fewer than k tokens"
 
 
@@ -542,13 +551,16 @@ def texts_read(mlm):
 
 
 def versions(batch, seen):
-    """Returns for each text of the batch the versions that were read, in which [MASK] hides some."""
-    return [[ids for ids in seen if ((ids == MASK) | (ids == text)).all()] for text in batch.input_ids]
+    """Returns for each text of the batch the versions that were read, some of it hidden."""
+    def of(text):
+        return [ids for ids in seen if ((ids == MASK) | (ids == text)).all()]
+
+    return [of(text) for text in batch.input_ids]
 
 
 def entropy_alone(mlm, batch, row, ids):
     """Returns the entropies of one version of a text, read by itself, (L,)."""
-    n = batch.input_ids.shape[1] if batch.attention_mask is None else batch.attention_mask[row].sum()
+    n = len(ids) if batch.attention_mask is None else batch.attention_mask[row].sum()
     modes = mlm.training
     logits = mlm.eval()(ids[None, :n])
     mlm.train(modes)
@@ -567,7 +579,8 @@ def test_every_position_is_hidden_once():
         assert not any((ids[~batch.maskable.any(0)] == MASK).any() for ids in seen), \
             "hidden entropy: it masks a special token"
         for row, read in enumerate(versions(batch, seen)):
-            hidden = torch.stack([*(ids == MASK for ids in read), torch.zeros_like(batch.maskable[0])])
+            none = torch.zeros_like(batch.maskable[0])
+            hidden = torch.stack([*(ids == MASK for ids in read), none])
             assert hidden.any(), "hidden entropy: no position is hidden from the model"
             assert len(read) == groups, f"hidden entropy: at rate {rate} a text is read " \
                 f"{len(read)} times, not ⌈1/rate⌉ = {groups}"
@@ -593,7 +606,7 @@ def test_groups_are_dealt_at_random():
     with texts_read(mlm) as seen:
         got = masking.hidden_entropy(mlm, batch, 0.25, MASK, generator())
     assert not got.requires_grad, "hidden entropy: the result has a gradient"
-    hidden = torch.stack(seen) == MASK  # of 12 positions in 4 groups, two share one in 2 of 11 cases
+    hidden = torch.stack(seen) == MASK  # 12 positions, 4 groups: two share one in 2 of 11 cases
     for i, j in ((1, 2), (1, 5), (4, 12)):
         share = (hidden[:, i] & hidden[:, j]).sum() / 1000
         assert likely(share, 2 / 11, 1000), \
@@ -683,7 +696,8 @@ def test_kd_loss_is_the_formula():
 
     def loss(student=z_s, teacher=z_t, alpha=alpha, s_T=T, t_T=T, factor=T * T, reverse=False,
              over=6, ce_T=1.0):
-        log_s, log_t = ((z.double() / t).log_softmax(-1) for z, t in ((student, s_T), (teacher, t_T)))
+        log_s = (student.double() / s_T).log_softmax(-1)
+        log_t = (teacher.double() / t_T).log_softmax(-1)
         divergence = kl(log_s.exp(), log_s, log_t) if reverse else kl(log_t.exp(), log_t, log_s)
         cross_entropy = F.cross_entropy(student.double() / ce_T, labels)
         return alpha * factor * divergence.sum() / over + (1 - alpha) * cross_entropy
@@ -710,7 +724,8 @@ def test_kd_loss_is_the_formula():
 @exercise(11)
 def test_kd_loss_stays_finite_and_exact():
     labels = torch.tensor([0, 1])
-    z_s, z_t = torch.tensor([[200.0, 0, -200], [0, 400, 0]]), torch.tensor([[0.0, 300, 0], [0, 99, 0]])
+    z_s = torch.tensor([[200.0, 0, -200], [0, 400, 0]])
+    z_t = torch.tensor([[0.0, 300, 0], [0, 99, 0]])
     got = distill.kd_loss(z_s, z_t, labels, 0.5, 1.0)
     assert got.isfinite(), "kd_loss: it overflows at large logits: use log_softmax"
     assert near(got, 0.5 * 200 / 2, 1e-3), "kd_loss: wrong at large logits, where exp overflows " \
@@ -724,7 +739,8 @@ def test_kd_loss_stays_finite_and_exact():
         "kd_loss: bfloat16 logits are not converted to float32 first"
     student = z_s[:1].clone().requires_grad_()
     distill.kd_loss(student, z_t[:1], labels[:1], 0.5, 2.0).backward()
-    assert student.grad.isfinite().all() and student.grad.any(), "kd_loss: the gradient is not finite"
+    assert student.grad.isfinite().all() and student.grad.any(), \
+        "kd_loss: the gradient is not finite"
 
 
 # --- 12: embedding saliency -----------------------------------------------------------------------
@@ -909,7 +925,8 @@ def test_rates_are_the_formula():
         plain = rate / (f * u).sum() * u
         once = plain.clamp(max=1)
         free = plain < 1
-        given = once + torch.where(free, (rate - (f * once).sum()) / f[free].sum().clamp(min=1e-9), 0)
+        missing = (rate - (f * once).sum()) / f[free].sum().clamp(min=1e-9)
+        given = once + torch.where(free, missing, 0)
         scaled_once = torch.where(free, once * (rate - f[~free].sum()) / (f * once)[free].sum(), 1)
         got = typhoon.rates()
         assert got.shape == (60,), f"rates: {tuple(got.shape)}, not (V,)"
@@ -1009,8 +1026,9 @@ def test_the_loss_of_a_step_is_the_formula():
         mask, reads = half_of(batch), []
         trainer.teacher.bert.register_forward_hook(lambda *_: reads.append(torch.is_grad_enabled()))
         loss, corrupted, given = run_step(trainer, batch, mask, kd_weight)
-        assert torch.equal(given["input_ids"], batch.input_ids) and torch.equal(given["mask"], mask), \
-            "step: corrupt is not given the batch's text and the mask"
+        assert torch.equal(given["input_ids"], batch.input_ids), \
+            "step: corrupt is not given the batch's text"
+        assert torch.equal(given["mask"], mask), "step: corrupt is not given the mask"
         assert (given["mask_token_id"], given["vocab_size"]) == (MASK, 40), \
             "step: corrupt is not given the vocabulary's [MASK] and size"
         assert tuple(given["split"]) == (0.5, 0.25, 0.25), \
@@ -1033,7 +1051,8 @@ def test_the_loss_of_a_step_is_the_formula():
             mistakes[f"{name} is not passed on to the model"] = by_hand(lost=[name])
             mistakes[f"{name} is not passed on to the teacher"] = by_hand(lost_by_teacher=[name])
         if kd_weight:
-            mistakes |= {"the teacher reads the text before corruption": by_hand(clean_teacher=True),
+            clean = by_hand(clean_teacher=True)
+            mistakes |= {"the teacher reads the text before corruption": clean,
                          "the recipe's temperature is lost": by_hand(T=1.0),
                          "a temperature of 2, whatever the recipe has": by_hand(T=2.0),
                          "there is no distillation": by_hand(0.0),
@@ -1053,7 +1072,8 @@ def test_the_gradient_of_a_step():
     mask, parameters = half_of(batch), list(trainer.model.parameters())
     with world_of(2):
         loss, corrupted, _ = run_step(trainer, batch, mask, 0.5, masked_in_all=100)
-    assert all(p.grad is None for p in trainer.teacher.parameters()), "step: the teacher has gradients"
+    assert all(p.grad is None for p in trainer.teacher.parameters()), \
+        "step: the teacher has gradients"
     assert all(p.grad is not None for p in parameters), "step: some parameter has no gradient"
     got = torch.cat([p.grad.flatten() for p in parameters])
     expected = torch.autograd.grad(loss_by_hand(trainer, batch, mask, corrupted, 0.5), parameters)
@@ -1077,7 +1097,8 @@ def test_a_step_without_masked_tokens():
         loss = trainer.micro_step(batch, mask, torch.tensor(7), kd_weight)
         assert near(loss, 0.0), f"step: where nothing is masked the loss is {loss}, not 0"
         gradients = [p.grad for p in trainer.model.parameters()]
-        assert all(g is not None and near(g, torch.zeros_like(g)) for g in gradients), "step: where " \
+        assert all(g is not None and near(g, torch.zeros_like(g)) for g in gradients), \
+            "step: where " \
             "nothing is masked, a gradient is missing or not 0: data-parallel ranks wait for all"
 
 
@@ -1113,7 +1134,7 @@ def test_what_the_strategy_is_shown():
         "observe is not given the loss's gradient at the word embeddings", 1e-3)
     quiet, batch = small_trainer()
     quiet.strategy.observe = lambda *_: pytest.fail("observed")
-    assert not raises(pytest.fail.Exception, quiet.micro_step, batch, half_of(batch), mask.sum(), 0.0), \
+    assert not raises(pytest.fail.Exception, quiet.micro_step, batch, mask, mask.sum(), 0.0), \
         "step: observe is called although the strategy does not want the gradient"
 
 
@@ -1143,7 +1164,8 @@ def test_matthews_is_the_correlation_coefficient():
         tp, tn = (predictions & labels).sum(), ((1 - predictions) & (1 - labels)).sum()
         fp, fn = (predictions & (1 - labels)).sum(), ((1 - predictions) & labels).sum()
         cross = float(tp * tn - fp * fn)
-        check("matthews", glue.matthews(predictions, labels), np.corrcoef(predictions, labels)[0, 1], {
+        expected = np.corrcoef(predictions, labels)[0, 1]
+        check("matthews", glue.matthews(predictions, labels), expected, {
             "the denominator has the labels' margins twice and the predictions' not at all":
                 cross / ((tp + fn) * (tn + fp)),
             "the denominator has the predictions' margins twice and the labels' not at all":
@@ -1152,7 +1174,7 @@ def test_matthews_is_the_correlation_coefficient():
                 cross / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)),
             "that is accuracy": (predictions == labels).mean(),
             "that is F1": 2 * tp / (2 * tp + fp + fn),
-            "the sign is turned": -np.corrcoef(predictions, labels)[0, 1]},
+            "the sign is turned": -expected},
             "of two classes it is not their correlation coefficient")
 
 
@@ -1217,22 +1239,23 @@ def test_t_is_the_formula():
 def test_the_interval_is_the_formula():
     d = [0.01, -0.02, 0.04, 0.03, 0.02]
     mean, sd = np.mean(d), np.std(d, ddof=1)
-    for level in (0.95, 0.8):
-        half = stats.t_critical(4, 1 - level) * sd / math.sqrt(5)
-        z = {0.95: 1.959964, 0.8: 1.281552}[level]
+    for level, z in ((0.95, 1.959964), (0.8, 1.281552)):
+        error = sd / math.sqrt(5)
 
         def around(width):
             return [mean - width, mean + width]
 
-        mistakes = {"the normal quantile in place of Student's": around(z * sd / math.sqrt(5)),
-                    "√n is missing": around(half * math.sqrt(5)), "n in place of √n":
-                    around(half / math.sqrt(5)), "the sd is divided by n, not by n − 1":
-                    around(half * math.sqrt(0.8)), "n degrees of freedom, not n − 1":
-                    around(half / stats.t_critical(4, 1 - level) * stats.t_critical(5, 1 - level)),
-                    "half of the error goes on each side twice": around(
-                        half / stats.t_critical(4, 1 - level) * stats.t_critical(4, (1 - level) / 2)),
-                    "a level of 0.95, whatever is asked for": around(
-                        half / stats.t_critical(4, 1 - level) * stats.t_critical(4, 0.05))}
+        def quantile(alpha, df=4):
+            return around(stats.t_critical(df, alpha) * error)
+
+        half = stats.t_critical(4, 1 - level) * error
+        mistakes = {"the normal quantile in place of Student's": around(z * error),
+                    "√n is missing": around(half * math.sqrt(5)),
+                    "n in place of √n": around(half / math.sqrt(5)),
+                    "the sd is divided by n, not by n − 1": around(half * math.sqrt(0.8)),
+                    "n degrees of freedom, not n − 1": quantile(1 - level, df=5),
+                    "the error is halved for two-sided t_critical": quantile((1 - level) / 2),
+                    "a level of 0.95, whatever is asked for": quantile(0.05)}
         got = stats.confidence_interval(d, level)
         check("interval", got, around(half), mistakes, "not mean ± t* sd / √n", 1e-6)
 
@@ -1260,8 +1283,8 @@ def test_where_t_is_not_defined():
 # --- 18: Holm -------------------------------------------------------------------------------------
 
 def closed_testing(p_values):
-    """Returns the adjusted p-values by their definition: a hypothesis falls when every set that holds
-    it falls by Bonferroni. nan stands for a p of 1, and stays nan."""
+    """Returns the adjusted p-values by their definition: a hypothesis falls when every set that
+    holds it falls by Bonferroni. nan stands for a p of 1, and stays nan."""
     p = [1.0 if math.isnan(value) else value for value in p_values]
     adjusted = []
     for i in range(len(p)):
@@ -1349,15 +1372,17 @@ def test_the_interval_covers_seeds_and_examples():
         got = stats.multi_bootstrap(a, b, level=level, seed=3)
         assert len(got) == 2 and got[0] < mean < got[1], \
             f"bootstrap: ({got[0]:.3f}, {got[1]:.3f}) is no interval around the mean {mean:.3f}"
-        check("bootstrap", got, expected, mistakes, "not the percentiles of the means over n seeds, "
-              "drawn anew for each column, the same seeds on both sides", 0.03)
+        check("bootstrap", got, expected, mistakes,
+              "not the percentiles of the means over n seeds, drawn anew for each column, the same "
+              "seeds on both sides", 0.03)
 
 
 @exercise(19)
 def test_seeds_are_drawn_in_pairs():
     lucky = np.array([[0.2], [0.5], [0.8]]) + np.zeros((3, 500))
     got = stats.multi_bootstrap(lucky + 0.1, lucky)
-    assert near(got, [0.1, 0.1], 1e-9), "bootstrap: seeds are drawn for each side by itself: what " \
+    assert near(got, [0.1, 0.1], 1e-9), \
+        "bootstrap: seeds are drawn for each side by itself: what " \
         "a seed gives to both must cancel"
     rng = np.random.default_rng(1)
     a = rng.normal(size=(4, 300))
@@ -1381,16 +1406,18 @@ def test_columns_are_resampled_together():
     got = stats.resampled_scores(accuracy, labels, labels, resamples=300, seed=0)
     assert near(got, np.ones(300)), \
         "bootstrap: predictions and labels are not drawn together, example by example"
-    sizes = stats.resampled_scores(lambda x, y: len(x) + len(y), labels, labels, resamples=5, seed=0)
-    assert near(sizes, np.full(5, 80.0)), "bootstrap: a sample has not as many examples as there are"
+    sizes = stats.resampled_scores(lambda x, y: len(x) + len(y), labels, labels, resamples=5,
+                                   seed=0)
+    assert near(sizes, np.full(5, 80.0)), \
+        "bootstrap: a sample has not as many examples as there are"
     wrong = labels.copy()
     wrong[:8] = 1 - wrong[:8]
     got = stats.resampled_scores(accuracy, wrong, labels, resamples=4000, seed=0)
     assert abs(got.std() - math.sqrt(0.8 * 0.2 / 40)) < 0.005, \
         f"bootstrap: of 40 examples with 80% right the accuracy's sd is 0.063, not {got.std():.3f}"
     assert abs(got.mean() - 0.8) < 0.005, "bootstrap: not all examples are equally likely"
-    assert not near(stats.resampled_scores(accuracy, wrong, labels, resamples=300, seed=1), got[:300]), \
-        "bootstrap: the argument seed is ignored"
+    other = stats.resampled_scores(accuracy, wrong, labels, resamples=4000, seed=1)
+    assert not near(other, got), "bootstrap: the argument seed is ignored"
     paired = stats.resampled_scores(lambda x: x.sum(), wrong.tolist(), resamples=300, seed=1)
     first = stats.resampled_scores(lambda x, y: x.sum(), wrong, labels, resamples=300, seed=1)
     assert near(paired, first), "bootstrap: the same seed does not draw the same examples"

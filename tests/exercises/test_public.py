@@ -1,8 +1,8 @@
 """The public checks of the exercises. A student runs those of one: python -m pytest -m exercise_6
 
 They find the common mistakes and prove nothing: the grader has further checks. A check says in one
-sentence what is wrong. None of them asks for one particular draw of random numbers: where a function
-draws, it is called many times and the shares are compared with the probabilities.
+sentence what is wrong. None of them asks for one particular draw of random numbers: where a
+function draws, it is called many times and the shares are compared with the probabilities.
 """
 import math
 
@@ -51,8 +51,8 @@ def raises(kind, function, *arguments):
 
 
 def likely(share, probability, draws):
-    """Returns whether shares of so many draws are within five standard deviations of what they should
-    be; a right solution fails this less than once in a million."""
+    """Returns whether shares of so many draws are within five standard deviations of what they
+    should be; a right solution fails this less than once in a million."""
     share = torch.as_tensor(share).double()
     probability = torch.as_tensor(probability).double()
     sd = (probability * (1 - probability) / draws).sqrt()
@@ -166,12 +166,13 @@ def hidden_states(*shape, seed=5):
 @torch.no_grad()
 def test_attention_weights_sum_to_one():
     layer, hidden = attention(), hidden_states(2, 5, 12)
-    layer.value.weight[:], layer.value.bias[:] = 0, 1  # the mean of values is the sum of the weights
+    layer.value.weight[:], layer.value.bias[:] = 0, 1  # a mean of values is a sum of weights
     got = layer(hidden, hidden)
     assert got.shape == (2, 5, 12), f"attention: the result is {tuple(got.shape)}, not (B, L, H)"
     ones = torch.ones(2, 5, 12)
     assert not near(got, ones), "attention: the output layer is left out"
-    assert near(got, layer.output(ones), 1e-4), "attention: the weights of a query do not sum to 1 " \
+    assert near(got, layer.output(ones), 1e-4), \
+        "attention: the weights of a query do not sum to 1 " \
         "over the keys: softmax over another axis, or another layer than value"
 
 
@@ -362,7 +363,8 @@ def test_self_entropy_spends_the_budget():
     for entropy_input in ("masked", "visible"):
         strategy = self_entropy(mlm, 0.25, entropy_input=entropy_input)
         mask = strategy.mask(batch, generator())
-        assert not (mask & ~batch.maskable).any(), "self-entropy: it masks special tokens or padding"
+        assert not (mask & ~batch.maskable).any(), \
+            "self-entropy: it masks special tokens or padding"
         assert mask.sum(1).tolist() == [3, 2, 1], \
             "self-entropy: 12, 8 and 4 tokens at rate 0.25 must have 3, 2 and 1 masked, " \
             f"and {mask.sum(1).tolist()} are"
@@ -400,7 +402,7 @@ def test_saliency_by_hand():
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, -1.0]])
     got = masking.embedding_saliency(gradient, weight, torch.tensor([[2, 0]]))
     assert got.shape == (1, 2), f"saliency: the result is {tuple(got.shape)}, not (B, L)"
-    assert near(got, [[1.0, 0.5]]), "saliency: not ⟨∂L/∂e_i, W_v⟩ at v = token_ids_i: " \
+    assert near(got, [[1.0, 0.5]]), "saliency: not ∂L/∂onehot(x_i)[v] at v = token_ids_i: " \
         f"{[round(x, 3) for x in got[0].tolist()]}, not [1.0, 0.5]"
 
 
@@ -491,7 +493,8 @@ def test_two_micro_batches_are_one_batch():
         losses.append(loss)
         gradients.append([p.grad for p in trainer.model.parameters()])
     assert all(p is not None for p in gradients[0]), "step: some parameter has no gradient"
-    assert near(losses[0], losses[1], 1e-4), "step: the losses of two micro-batches do not add up " \
+    assert near(losses[0], losses[1], 1e-4), \
+        "step: the losses of two micro-batches do not add up " \
         "to the loss of one batch: return the sum over the masked positions"
     assert all(near(a, b, 1e-4) for a, b in zip(*gradients)), \
         "step: the gradients of two micro-batches do not add up to those of one batch"
@@ -504,7 +507,8 @@ def test_the_teacher_stays_out_of_the_gradients():
     trainer.seed(0)
     distilled = trainer.micro_step(batch, half_of(batch), half_of(batch).sum(), 0.5)
     assert not near(plain, distilled), "step: the loss is the same with kd_weight 0 and 0.5"
-    assert all(p.grad is None for p in trainer.teacher.parameters()), "step: the teacher has gradients"
+    assert all(p.grad is None for p in trainer.teacher.parameters()), \
+        "step: the teacher has gradients"
 
 
 # --- 16: Matthews' correlation --------------------------------------------------------------------
@@ -531,7 +535,8 @@ SLEEP = ([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0],  # Student 1908
 @exercise(17)
 def test_students_own_data():
     t, p = stats.paired_t_test(*SLEEP)
-    assert near(abs(t), 4.0621277, 1e-4), f"paired t: of Student's sleep data |t| is 4.062, not {t:.3f}"
+    assert near(abs(t), 4.0621277, 1e-4), \
+        f"paired t: of Student's sleep data |t| is 4.062, not {t:.3f}"
     assert t < 0, "paired t: t has the sign of a − b"
     assert near(p, 0.0028329, 1e-4), f"paired t: of Student's sleep data p is 0.00283, not {p:.5f}"
     low, high = stats.confidence_interval([x - y for x, y in zip(*SLEEP)])
