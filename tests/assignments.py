@@ -372,6 +372,9 @@ def body_lines(text: str, name: str) -> tuple[int, int, int]:
     body = find(ast.parse(text), name).body
     documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
     first = body[0].end_lineno + 1 if documented else body[0].lineno
+    lines = text.splitlines()
+    while lines[first - 2].lstrip().startswith("#"):  # a comment above the first statement
+        first -= 1
     return first, body[-1].end_lineno, body[0].col_offset
 
 
