@@ -850,6 +850,8 @@ class Typhoon:
      "scaled[self.seen] =", "scaled[:] ="),
     ("unseen types with a weight of 0", "known = self.weight[self.seen]", "known = self.weight",
      "scaled[self.seen] = (known", "scaled = (known"),
+    ("scaled up to the highest of all types", "/ (known.max() - known.min())",
+     "/ (self.weight.max() - known.min())"),
     ("nan with one type", "if len(known) and known.max() > known.min():", "if len(known):"),
     ("nan with equal weights", "if len(known) and known.max() > known.min():",
      "if len(known) > 1:"),

@@ -101,7 +101,9 @@ def test_shares_of_the_three_fates():
     mask = rows(50, width=100).repeat(400, 1)
     n, special = int(mask.sum()), (0, 1, 2, 3, 4)
     for split in ((0.8, 0.1, 0.1), (0.5, 0.4, 0.1)):
-        got, labels = masking.corrupt(ids, mask, 4, 40, split, generator(1), special)
+        given = {} if split == (0.8, 0.1, 0.1) else {"split": split}  # that is the default
+        got, labels = masking.corrupt(ids, mask, 4, 40, generator=generator(1), special_ids=special,
+                                      **given)
         words = 35  # a random word is the original one now and then
         masked, kept = (got[mask] == 4).sum() / n, (got[mask] == ids[mask]).sum() / n
         assert likely(masked, split[0], n), \
@@ -184,11 +186,11 @@ def test_attention_is_the_formula():
 @exercise(3)
 @torch.no_grad()
 def test_masked_attention_is_the_formula():
-    layer, hidden = attention(), hidden_states(3, 5, 12)
-    key_mask = rows(5, 3, 1).view(3, 1, 1, 5)
-    got, expected = layer(hidden, hidden, key_mask), attention_by_hand(layer, hidden, key_mask)
-    assert near(got, expected, 1e-4), \
-        "attention: with key_mask the weights are not a softmax over the visible keys alone"
+    hidden, key_mask = hidden_states(3, 5, 12), rows(5, 3, 1).view(3, 1, 1, 5)
+    for layer in (attention(), attention(dropout=1e-9).train()):  # which drops nothing
+        got, expected = layer(hidden, hidden, key_mask), attention_by_hand(layer, hidden, key_mask)
+        assert near(got, expected, 1e-4), \
+            "attention: with key_mask the weights are not a softmax over the visible keys alone"
 
 
 @exercise(3)
@@ -917,9 +919,9 @@ def rates_by_hand(typhoon, u):
 def test_rates_are_the_formula():
     g = generator(1)
     counts = (torch.rand(60, generator=g) ** 6 * 1000).long()
-    weight, seen = torch.randn(60, generator=g).double() + 5, torch.rand(60, generator=g) < 0.8
-    weight[~seen] = 0
-    for rate in (0.15, 0.3, 0.7, 0.9, 0.97):
+    spread, seen = torch.randn(60, generator=g).double(), torch.rand(60, generator=g) < 0.8
+    for rate, mean in ((0.15, 5), (0.3, -5), (0.7, 5), (0.9, -5), (0.97, 5)):
+        weight = torch.where(seen, spread + mean, 0)
         typhoon = typhoon_with(weight, seen, counts, rate, 0.7)
         u, f = shape_by_hand(typhoon), typhoon.frequency
         plain = rate / (f * u).sum() * u
