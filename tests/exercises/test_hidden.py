@@ -1386,6 +1386,8 @@ def test_seeds_are_drawn_in_pairs():
     assert near(got, [0.1, 0.1], 1e-9), \
         "bootstrap: seeds are drawn for each side by itself: what " \
         "a seed gives to both must cancel"
+    low, high = stats.multi_bootstrap(lucky[:2] * lucky[:2], 0 * lucky[:2])
+    assert near([low, high], [0.04, 0.25], 1e-9), "bootstrap: two seeds must have an interval"
     rng = np.random.default_rng(1)
     a = rng.normal(size=(4, 300))
     assert stats.multi_bootstrap(a, 0 * a, seed=1) == stats.multi_bootstrap(a, 0 * a, seed=1), \
