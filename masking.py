@@ -89,8 +89,8 @@ def random_mask(maskable: Tensor, rate: float, generator: Generator = None) -> T
     """Returns a mask on k positions of each row, drawn uniformly without replacement (BERT §3.1).
 
     (B, L) bool -> (B, L) bool."""
-    k = budget(maskable, rate, generator)
-    return top_k(uniform(maskable, generator), maskable, k)
+    count = budget(maskable, rate, generator)
+    return top_k(uniform(maskable, generator), maskable, count)
 
 
 def whole_word_mask(maskable: Tensor, continuation: Tensor, rate: float,

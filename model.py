@@ -318,11 +318,11 @@ class BertForSequenceClassification(nn.Module):
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None,
                 inputs_embeds=None) -> Tensor:
         """Logits (B, num_labels)."""
-        inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         batch = input_ids if inputs_embeds is None else inputs_embeds
         first = torch.zeros(len(batch), 1, dtype=torch.long, device=batch.device)  # [CLS]: column 0
-        cls = self.bert(*inputs, queries=first)[:, 0]  # (B, 1, H) -> (B, H)
-        pooled = self.bert.pooler(cls)
+        cls = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds,
+                        queries=first)  # (B, 1, H)
+        pooled = self.bert.pooler(cls[:, 0])  # (B, H)
         pooled = pooled.tanh() if self.config.model_type == "bert" else pooled.relu()
         return self.classifier(self.dropout(pooled))
 

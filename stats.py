@@ -153,8 +153,8 @@ def sign_flip_test(differences, flips: int = 100_000, seed: int = 0) -> float:
         for difference in differences:  # each difference doubles the patterns: with + and with -
             sums = np.concatenate([sums + difference, sums - difference])  # (2^i,)
         return float((abs(sums) >= seen).mean())
-    rng = np.random.Generator(np.random.PCG64(seed))
-    signs = rng.choice([-1.0, 1.0], size=(flips, len(differences)))
+    coins = np.random.Generator(np.random.PCG64(seed))
+    signs = coins.choice([-1.0, 1.0], size=(flips, len(differences)))
     return float(1 + (abs(signs @ differences) >= seen).sum()) / (1 + flips)
 
 
@@ -183,8 +183,8 @@ def holm(p_values) -> list[float]:
 
 def cohen_dz(differences) -> float:
     """Cohen's d_z (1988, §2.3): the mean difference in units of its sd; nan without a spread."""
-    mean, sd = mean_sd(differences)
-    return mean / sd if sd > 0 else math.nan
+    mean, spread = mean_sd(differences)
+    return mean / spread if spread > 0 else math.nan
 
 
 @lru_cache(maxsize=None)
@@ -312,7 +312,7 @@ def compare(new: list[Row], baseline: list[Row]) -> dict:
     pairs = [(row, other) for row in new for other in baseline if row.seed == other.seed]
     a, b = [row.score for row, _ in pairs], [other.score for _, other in pairs]
     differences = [x - y for x, y in zip(a, b)]
-    mean, sd = mean_sd(differences)
+    mean, spread = mean_sd(differences)
     t, p = paired_t_test(a, b)
     low, high = confidence_interval(differences)
     bootstrap_low, bootstrap_high = math.nan, math.nan
@@ -320,7 +320,7 @@ def compare(new: list[Row], baseline: list[Row]) -> dict:
         bootstrap_low, bootstrap_high = multi_bootstrap(
             np.stack([row.resampled for row, _ in pairs]),
             np.stack([other.resampled for _, other in pairs]))
-    return {"n": len(pairs), "mean": mean, "sd": sd, "low": low, "high": high,
+    return {"n": len(pairs), "mean": mean, "sd": spread, "low": low, "high": high,
             "bootstrap_low": bootstrap_low, "bootstrap_high": bootstrap_high, "t": t, "p": p,
             "sign_flip_p": sign_flip_test(differences), "dz": cohen_dz(differences),
             "mde": minimum_detectable_effect(differences),

@@ -589,6 +589,15 @@ def test_before_any_update_every_type_has_the_rate():
     assert Typhoon(torch.tensor([3, 4, 5]), 0.3).rates().tolist() == pytest.approx([0.3] * 3)
 
 
+def test_typhoons_defaults_are_those_of_the_papers_code():
+    typhoon = Typhoon(torch.tensor([1, 1]), 0.3)
+    typhoon.update(torch.tensor([[0, 1]]), torch.tensor([[0.0, 1.0]]), rows(2))
+    typhoon.update(torch.tensor([[0, 1]]), torch.tensor([[0.0, 2.0]]), rows(2))
+    assert typhoon.weight.tolist() == pytest.approx([0.0, -(0.2 * 1 + 0.8 * 2)])
+    low, high = sorted(typhoon.rates().tolist())
+    assert low / high == pytest.approx(1 - 0.4)
+
+
 def test_typhoon_masks_at_its_rates():
     typhoon = Typhoon(torch.tensor([1, 1, 2]), 0.3)
     typhoon.weight = torch.tensor([0.0, 1.0, 0.5]).double()

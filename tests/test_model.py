@@ -600,3 +600,19 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomic(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_layer_norm_has_the_configurations_epsilon():
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=8, max_position_embeddings=8, layer_norm_eps=0.125)
+    norms = [m for m in BertForMaskedLM(config).modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert [norm.eps for norm in norms] == [0.125] * (1 + 2 * 2 + 1)
+
+
+def test_a_text_may_fill_every_position():
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=8, max_position_embeddings=8)
+    model = BertForMaskedLM(config)
+    assert model(torch.ones(1, 8, dtype=torch.long)).shape == (1, 8, 20)
+    with pytest.raises(InputError, match="9 tokens"):
+        model(torch.ones(1, 9, dtype=torch.long))

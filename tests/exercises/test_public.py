@@ -1,0 +1,580 @@
+"""The public checks of the exercises. A student runs those of one: python -m pytest -m exercise_6
+
+They find the common mistakes and prove nothing: the grader has further checks. A check says in one
+sentence what is wrong. None of them asks for one particular draw of random numbers: where a
+function draws, it is called many times and the shares are compared with the probabilities.
+"""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import distill
+import glue
+import masking
+import model
+import stats
+import train
+
+
+# --- what the checks share ------------------------------------------------------------------------
+
+def exercise(number):
+    """Returns the marker of an exercise."""
+    return getattr(pytest.mark, f"exercise_{number}")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(*lengths, width=None):
+    """Returns maskable (B, L): True on the first n tokens of every row."""
+    return torch.arange(width or max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def near(got, expected, tolerance=1e-5):
+    """Returns whether two tensors, or numbers, are equal up to rounding."""
+    got, expected = torch.as_tensor(got).double(), torch.as_tensor(expected).double()
+    return got.shape == expected.shape and torch.allclose(got, expected, tolerance, tolerance)
+
+
+def raises(kind, function, *arguments):
+    """Returns whether function(*arguments) raises this kind of error."""
+    try:
+        function(*arguments)
+    except kind:
+        return True
+    return False
+
+
+def likely(share, probability, draws):
+    """Returns whether shares of so many draws are within five standard deviations of what they
+    should be; a right solution fails this less than once in a million."""
+    share = torch.as_tensor(share).double()
+    probability = torch.as_tensor(probability).double()
+    sd = (probability * (1 - probability) / draws).sqrt()
+    return bool(((share - probability).abs() <= 5 * sd + 1e-9).all())
+
+
+def follows_generator(draw):
+    """Checks that draw(generator) takes its random numbers from there and from nowhere else."""
+    state = torch.get_rng_state()
+    first, second, third = draw(generator(1)), draw(generator(1)), draw(generator(2))
+    assert torch.equal(torch.get_rng_state(), state), \
+        "it draws from PyTorch's global generator: pass generator= on to everything that draws"
+    assert torch.equal(first, second), "the same generator state gives another result"
+    assert not torch.equal(first, third), "another generator gives the same result: it is ignored"
+
+
+def small_config(**fields):
+    """Returns a configuration with 2 layers, width 12, 3 heads, 40 word pieces, no dropout."""
+    small = {"vocab_size": 40, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
+             "intermediate_size": 20, "max_position_embeddings": 24, "hidden_dropout_prob": 0.0,
+             "attention_probs_dropout_prob": 0.0}
+    return model.BertConfig(**small | fields)
+
+
+def randomised(module, seed=0):
+    """Returns the module with random weights and biases, large enough to tell mistakes apart."""
+    g = generator(seed)
+    for name, parameter in module.named_parameters():
+        mean = 1.0 if name.lower().endswith("norm.weight") else 0.0
+        scale = 0.2 if parameter.dim() == 1 else 0.6
+        parameter.data = mean + torch.randn(parameter.shape, generator=g) * scale
+    return module
+
+
+# --- 1: the budget and random masking -------------------------------------------------------------
+
+@exercise(1)
+def test_the_budget_is_the_expected_number_rounded_up_or_down():
+    counts = torch.tensor([0, 1, 3, 10, 20, 126])
+    maskable = rows(*counts.tolist())
+    for seed in range(50):
+        k = masking.budget(maskable, 0.15, generator(seed))
+        assert k.shape == (6,) and not k.is_floating_point(), \
+            "budget: k must hold one integer a row"
+        assert k[0] == 0, "budget: a row without maskable tokens has a budget above 0"
+        off = (k - 0.15 * counts).abs()
+        assert (off < 1 + 1e-4).all(), "budget: k is not rate × count rounded up or down; " \
+            f"of {counts[off.argmax()]} tokens at rate 0.15 it takes {k[off.argmax()]}"
+
+
+@exercise(1)
+def test_top_k_by_hand():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [-1.0, -2.0, -3.0, -4.0]])
+    maskable = torch.tensor([[True, False, True, True], [True, True, True, True]])
+    got = masking.top_k(scores, maskable, torch.tensor([2, 1]))
+    assert got.dtype == torch.bool and got.shape == (2, 4), "top_k: not a (B, L) bool mask"
+    assert not (got & ~maskable).any(), "top_k: it chooses a position that is not maskable"
+    assert got.tolist() == [[False, False, True, True], [True, False, False, False]], \
+        "top_k: not the k highest scores of each row"
+
+
+@exercise(1)
+def test_random_masks_ordinary_tokens_only():
+    maskable = rows(20, 7, 0, 1)
+    for seed in range(30):
+        mask = masking.random_mask(maskable, 0.3, generator(seed))
+        assert mask.dtype == torch.bool and mask.shape == maskable.shape, \
+            "random_mask: not a (B, L) bool mask"
+        assert not (mask & ~maskable).any(), "random_mask: it masks special tokens or padding"
+        assert mask[0].sum() == 6, "random_mask: 20 tokens at rate 0.3 must have 6 masked, " \
+            f"and {mask[0].sum()} are"
+
+
+# --- 2: corruption --------------------------------------------------------------------------------
+
+@exercise(2)
+def test_labels_are_the_original_tokens_of_the_masked_positions():
+    ids, mask = torch.arange(10, 30).reshape(2, 10), rows(4, 7, width=10)
+    original = ids.clone()
+    corrupted, labels = masking.corrupt(ids, mask, 4, 40, generator=generator(), special_ids=(0, 4))
+    assert torch.equal(ids, original), "corrupt: it changes input_ids in place"
+    assert torch.equal(corrupted[~mask], ids[~mask]), "corrupt: it changes tokens off the mask"
+    assert (labels[~mask] == -100).all(), "corrupt: labels off the mask are not −100"
+    assert torch.equal(labels[mask], ids[mask]), \
+        "corrupt: labels on the mask are not the original tokens"
+
+
+@exercise(2)
+def test_pure_splits():
+    ids, mask = torch.arange(10, 20)[None], rows(4, width=10)
+    got, _ = masking.corrupt(ids, mask, 4, 40, (1, 0, 0), generator())
+    assert got[0, :4].tolist() == [4, 4, 4, 4], "corrupt: with split (1, 0, 0) all become [MASK]"
+    got, _ = masking.corrupt(ids, mask, 4, 40, (0, 0, 1), generator())
+    assert torch.equal(got, ids), "corrupt: with split (0, 0, 1) every token stays"
+
+
+# --- 3: attention ---------------------------------------------------------------------------------
+
+def attention(heads=3, width=12, dropout=0.0, seed=0):
+    """Returns an attention layer with random weights, in evaluation mode."""
+    config = small_config(hidden_size=width, num_attention_heads=heads,
+                          attention_probs_dropout_prob=dropout)
+    return randomised(model.SelfAttention(config), seed).eval()
+
+
+def hidden_states(*shape, seed=5):
+    return torch.randn(shape, generator=generator(seed))
+
+
+@exercise(3)
+@torch.no_grad()
+def test_attention_weights_sum_to_one():
+    layer, hidden = attention(), hidden_states(2, 5, 12)
+    layer.value.weight[:], layer.value.bias[:] = 0, 1  # a mean of values is a sum of weights
+    got = layer(hidden, hidden)
+    assert got.shape == (2, 5, 12), f"attention: the result is {tuple(got.shape)}, not (B, L, H)"
+    ones = torch.ones(2, 5, 12)
+    assert not near(got, ones), "attention: the output layer is left out"
+    assert near(got, layer.output(ones), 1e-4), \
+        "attention: the weights of a query do not sum to 1 " \
+        "over the keys: softmax over another axis, or another layer than value"
+
+
+@exercise(3)
+@torch.no_grad()
+def test_nobody_reads_a_masked_key():
+    layer, hidden = attention(), hidden_states(2, 5, 12)
+    key_mask = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]).bool()[:, None, None, :]
+    changed = hidden.clone()
+    changed[0, 3] += 2
+    before, after = layer(hidden, hidden, key_mask), layer(changed, changed, key_mask)
+    assert near(before[0, [0, 1, 2, 4]], after[0, [0, 1, 2, 4]]), \
+        "attention: a key that key_mask hides still has weight"
+
+
+# --- 4: the block ---------------------------------------------------------------------------------
+
+def block(dropout=0.0, seed=0):
+    """Returns a block with random weights, in evaluation mode."""
+    return randomised(model.Block(small_config(hidden_dropout_prob=dropout)), seed).eval()
+
+
+@exercise(4)
+@torch.no_grad()
+def test_the_blocks_output_is_normalised():
+    layer = block()
+    layer.output_norm.weight[:], layer.output_norm.bias[:] = 1, 0
+    got = layer(hidden_states(2, 5, 12))
+    assert got.shape == (2, 5, 12), f"block: the result is {tuple(got.shape)}, not (B, L, H)"
+    assert near(got.mean(-1), torch.zeros(2, 5), 1e-4) \
+        and near(got.var(-1, unbiased=False), torch.ones(2, 5), 1e-3), \
+        "block: the output is not normalised: in post-LayerNorm output_norm comes last"
+
+
+@exercise(4)
+@torch.no_grad()
+def test_asked_for_columns_are_the_same_columns():
+    layer, hidden = block(), hidden_states(2, 5, 12)
+    columns = torch.tensor([[3, 1], [0, 4]])
+    got = layer(hidden, queries=columns)
+    assert got.shape == (2, 2, 12), f"block: with queries (B, K) the result is {tuple(got.shape)}"
+    expected = torch.stack([layer(hidden)[row, columns[row]] for row in range(2)])
+    assert near(got, expected), "block: with queries the result is not the full result's columns"
+
+
+# --- 5: the masked-LM head ------------------------------------------------------------------------
+
+def small_mlm(seed=0, **fields):
+    """Returns a masked language model with random weights, in evaluation mode."""
+    return randomised(model.BertForMaskedLM(small_config(**fields)), seed).eval()
+
+
+@exercise(5)
+@torch.no_grad()
+def test_one_row_of_logits_a_chosen_position():
+    mlm, ids = small_mlm(), torch.arange(5, 17).reshape(2, 6)
+    positions = torch.zeros(2, 6, dtype=torch.bool)
+    positions[0, [4, 1]], positions[1, 3] = True, True
+    got, full = mlm(ids, positions=positions), mlm(ids)
+    assert full.shape == (2, 6, 40), f"head: logits of all positions are {tuple(full.shape)}"
+    assert got.shape == (3, 40), f"head: logits of 3 positions are {tuple(got.shape)}, not (3, V)"
+    assert near(got, full[positions]), "head: the rows are not those of full_logits[positions]"
+
+
+@exercise(5)
+@torch.no_grad()
+def test_the_decoder_is_tied():
+    mlm = small_mlm()
+    rows_of_hidden = hidden_states(3, 12)
+    before = mlm.logits(rows_of_hidden)
+    mlm.bert.embeddings.word_embeddings.weight[7] = 0
+    after = mlm.logits(rows_of_hidden)
+    assert near(after[:, 7], mlm.head.bias[7].expand(3)), \
+        "head: a word whose embedding is 0 must have its bias as logit (tied decoder, plus bias)"
+    assert near(after[:, :7], before[:, :7]), "head: one word's embedding changes another's logit"
+
+
+# --- 6: whole-word masking ------------------------------------------------------------------------
+
+SENTENCE = [0, 1, 1, 2, 3, 4, 4, 4, 5, 0]  # the word of each position, 0 for a special token
+
+
+def sentence_of_words(copies):
+    """Returns maskable and continuation (copies, 10) for five words of 2, 1, 1, 3 and 1 pieces."""
+    word = torch.tensor(SENTENCE)
+    continuation = torch.cat([torch.tensor([False]), word[1:] == word[:-1]])
+    return (word > 0).repeat(copies, 1), continuation.repeat(copies, 1)
+
+
+@exercise(6)
+def test_no_word_is_split():
+    maskable, continuation = sentence_of_words(300)
+    mask = masking.whole_word_mask(maskable, continuation, 0.4, generator())
+    assert mask.dtype == torch.bool and mask.shape == maskable.shape, \
+        "whole-word: not a (B, L) bool mask"
+    assert not (mask & ~maskable).any(), "whole-word: it masks a special token"
+    assert torch.equal(mask[:, 1], mask[:, 2]) and torch.equal(mask[:, 5], mask[:, 7]) \
+        and torch.equal(mask[:, 5], mask[:, 6]), "whole-word: it splits a word"
+    words = mask[:, [1, 3, 4, 5, 8]].sum(1)
+    assert (words == 2).all(), "whole-word: of 5 words at rate 0.4 exactly 2 must be masked, " \
+        f"and in one row {words[words != 2][:1].tolist()} are"
+
+
+# --- 7: entropy -----------------------------------------------------------------------------------
+
+@exercise(7)
+def test_entropy_between_sure_and_ignorant():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0], [math.log(3), 0, -60, -60]])
+    got = masking.token_entropy(logits)
+    assert got.shape == (3,), f"entropy: (3, 4) logits give {tuple(got.shape)}, not (3,)"
+    assert near(got[0], math.log(4)), "entropy: four equally likely words must have ln 4 = 1.386 " \
+        f"nats, not {got[0]:.3f}"
+    assert near(got[1], 0.0), "entropy: where the model is sure, the entropy is 0"
+    assert near(got[2], 0.5623351), f"entropy: of p = (3/4, 1/4) it is 0.562 nats, not {got[2]:.3f}"
+
+
+# --- 8: the four selections -----------------------------------------------------------------------
+
+@exercise(8)
+def test_high_and_low_by_hand():
+    entropy = torch.tensor([[9.0, 0.5, 3.0, 1.0, 4.0, 0.2, -9.0]])
+    maskable = torch.tensor([[False, True, True, True, True, True, False]])
+    for select, expected in (("high", [2, 4]), ("low", [1, 5])):
+        got = masking.select_positions(entropy, maskable, torch.tensor([2]), select)
+        taken = got[0].nonzero()[:, 0].tolist()
+        assert taken == expected, f"selections: {select} of 2 takes positions {taken}"
+
+
+@exercise(8)
+def test_mixed_and_sample_spend_the_budget():
+    entropy, maskable = torch.arange(12.0).repeat(200, 1), rows(11, width=12).repeat(200, 1)
+    for select in ("mixed", "sample"):
+        k = torch.full((200,), 6)
+        got = masking.select_positions(entropy, maskable, k, select, generator())
+        assert not (got & ~maskable).any(), f"selections: {select} takes what is not maskable"
+        assert (got.sum(1) == 6).all(), f"selections: {select} does not take k positions"
+        if select == "mixed":
+            assert got[:, 8:11].all(), "selections: mixed does not take the k/2 most uncertain"
+
+
+@exercise(8)
+def test_an_unknown_selection_is_an_error():
+    raised = raises(ValueError, masking.select_positions, torch.zeros(1, 4), rows(4),
+                    torch.tensor([1]), "highest")
+    assert raised, "selections: an unknown one does not raise ValueError"
+
+
+# --- 9: hidden entropy ----------------------------------------------------------------------------
+
+MASK = 4  # the [MASK] token of the small models; 0 to 4 are special
+
+
+def small_batch(*lengths, seed=3):
+    """Returns a batch of random texts of so many ordinary tokens, between two special ones."""
+    L = max(lengths) + 2
+    ids = torch.randint(5, 40, (len(lengths), L), generator=generator(seed))
+    ids[:, 0] = 2
+    there = rows(*(n + 2 for n in lengths))
+    for row, n in enumerate(lengths):
+        ids[row, n + 1] = 3
+    ids = ids.masked_fill(~there, 0)
+    attention_mask = None if there.all() else there
+    return masking.Batch(ids, ids > 4, torch.arange(len(lengths)), attention_mask)
+
+
+@exercise(9)
+def test_hidden_entropies_are_those_of_maskable_positions():
+    mlm, batch = small_mlm(), small_batch(12, 9, 4)
+    got = masking.hidden_entropy(mlm, batch, 0.3, MASK, generator())
+    assert got.shape == batch.input_ids.shape, "hidden entropy: the result is not (B, L)"
+    assert (got[~batch.maskable] == 0).all(), "hidden entropy: not 0 off the maskable positions"
+    inside = got[batch.maskable]
+    assert (inside > 0).all() and (inside <= math.log(40) + 1e-4).all(), \
+        "hidden entropy: an entropy is not between 0 and ln V: is each position counted once?"
+
+
+# --- 10: self-entropy -----------------------------------------------------------------------------
+
+def self_entropy(mlm, rate, **options):
+    """Returns the strategy over a model, as the training loop would build it."""
+    return masking.STRATEGIES["self-entropy"](
+        masking.Context(rate, mlm, None, None, MASK, **options))
+
+
+@exercise(10)
+def test_self_entropy_spends_the_budget():
+    mlm, batch = small_mlm(), small_batch(12, 8, 4)
+    for entropy_input in ("masked", "visible"):
+        strategy = self_entropy(mlm, 0.25, entropy_input=entropy_input)
+        mask = strategy.mask(batch, generator())
+        assert not (mask & ~batch.maskable).any(), \
+            "self-entropy: it masks special tokens or padding"
+        assert mask.sum(1).tolist() == [3, 2, 1], \
+            "self-entropy: 12, 8 and 4 tokens at rate 0.25 must have 3, 2 and 1 masked, " \
+            f"and {mask.sum(1).tolist()} are"
+
+
+# --- 11: the KD loss ------------------------------------------------------------------------------
+
+@exercise(11)
+def test_kd_loss_by_hand():
+    student, teacher = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
+    label = torch.tensor([0])
+    got = distill.kd_loss(student, teacher, label, 1.0, 1.0)
+    assert near(got, 0.1308120), f"kd_loss: KL((3/4, 1/4) ‖ (1/2, 1/2)) is 0.1308, not {got:.4f}"
+    got = distill.kd_loss(student, teacher, label, 0.25, 1.0)
+    assert near(got, 0.5525635), f"kd_loss: with α = 1/4 the loss is 0.5526, not {got:.4f}"
+    same = torch.randn(4, 9, generator=generator())
+    got = distill.kd_loss(same, same, torch.arange(4), 1.0, 2.0)
+    assert near(got, 0.0), "kd_loss: a student that equals its teacher has nothing to learn (α = 1)"
+
+
+@exercise(11)
+def test_kd_loss_without_a_teacher():
+    student, labels = torch.randn(4, 9, generator=generator()), torch.tensor([0, 8, 3, 3])
+    got = distill.kd_loss(student, None, labels, 0.0, 2.0)
+    assert got.shape == (), f"kd_loss: the result is {tuple(got.shape)}, not a scalar"
+    assert near(got, F.cross_entropy(student, labels)), \
+        "kd_loss: at α = 0 it is not the cross-entropy of the labels"
+
+
+# --- 12: embedding saliency -----------------------------------------------------------------------
+
+@exercise(12)
+def test_saliency_by_hand():
+    gradient = torch.tensor([[[1.0, 2.0], [0.5, -1.0]]])
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, -1.0]])
+    got = masking.embedding_saliency(gradient, weight, torch.tensor([[2, 0]]))
+    assert got.shape == (1, 2), f"saliency: the result is {tuple(got.shape)}, not (B, L)"
+    assert near(got, [[1.0, 0.5]]), "saliency: not ∂L/∂onehot(x_i)[v] at v = token_ids_i: " \
+        f"{[round(x, 3) for x in got[0].tolist()]}, not [1.0, 0.5]"
+
+
+# --- 13: Typhoon's average ------------------------------------------------------------------------
+
+@exercise(13)
+def test_two_updates_by_hand():
+    """Type 1 is visible with dots 1 and 3, then masked with 4; type 2 is visible with 5."""
+    typhoon = masking.Typhoon(torch.tensor([0, 2, 1, 1]), rate=0.25, ema_weight=0.75)
+    every = torch.ones(1, 3, dtype=torch.bool)
+    typhoon.update(torch.tensor([[1, 1, 2]]), torch.tensor([[1.0, 3.0, 5.0]]), every, None)
+    assert typhoon.seen.tolist() == [False, True, True, False], "average: the wrong types are seen"
+    assert near(typhoon.weight, [0, -2, -5, 0]), \
+        f"average: after one update the weights are {typhoon.weight.tolist()}, not [0, -2, -5, 0]"
+    typhoon.update(torch.tensor([[1, 0, 0]]), torch.tensor([[4.0, 9.0, 9.0]]),
+                   torch.tensor([[True, False, False]]), torch.tensor([[True, False, False]]))
+    assert near(typhoon.weight, [0, 0.25 * -2 + 0.75 * 4, -5, 0]), \
+        f"average: after two updates they are {typhoon.weight.tolist()}, not [0, 2.5, -5, 0]"
+
+
+# --- 14: Typhoon's rates --------------------------------------------------------------------------
+
+def typhoon_with(weight, seen, counts, rate, spread):
+    """Returns a Typhoon whose average is known."""
+    typhoon = masking.Typhoon(torch.as_tensor(counts), rate, spread)
+    typhoon.weight = torch.as_tensor(weight, dtype=torch.double)
+    typhoon.seen = torch.as_tensor(seen)
+    return typhoon
+
+
+@exercise(14)
+def test_rates_by_hand():
+    rates = masking.Typhoon(torch.tensor([3, 4, 5]), 0.3).rates()
+    assert near(rates, [0.3, 0.3, 0.3]), "rates: before any update every type has the rate"
+    typhoon = typhoon_with([4.0, 0.0, 2.0, 0.0], [True, True, True, False], [4, 2, 2, 2], 0.3, 0.5)
+    got = typhoon.rates()  # u = 1, 1/2, 3/4 and 1; Σ f u = 0.85
+    expected = [0.3 / 0.85 * u for u in (1, 0.5, 0.75, 1)]
+    assert near(got, expected), f"rates: {[round(x, 4) for x in got.tolist()]}, " \
+        f"not {[round(x, 4) for x in expected]}"
+
+
+@exercise(14)
+def test_the_expected_rate_is_the_budget():
+    weight, counts = torch.randn(50, generator=generator()), torch.arange(50)
+    for rate in (0.15, 0.4, 0.9):
+        rates = typhoon_with(weight, torch.ones(50).bool(), counts, rate, 0.6).rates()
+        assert rates.min() >= 0 and rates.max() <= 1, "rates: a rate is not between 0 and 1"
+        expected = (rates * counts / counts.sum()).sum()
+        assert near(expected, rate), f"rates: the expected rate Σ f r is {expected:.4f}, not " \
+            f"{rate}: what the cap at 1 cuts off must be given back to the others"
+
+
+# --- 15: one training step ------------------------------------------------------------------------
+
+def small_trainer(kd=False, strategy=masking.Random, texts=(14, 9, 11, 14), types=True, **recipe):
+    """Returns a trainer over small random texts, and the batch of all of them."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 40))]
+    tokenizer = type("Tokenizer", (), {"id_to_token": staticmethod(lambda i: pieces[i]),
+                                       "token_to_id": staticmethod(pieces.index)})
+    batch = small_batch(*texts)
+    token_types = (batch.input_ids % 2) if types else None
+    corpus = train.Texts(batch.input_ids, train.Vocab(tokenizer, 40, torch.device("cpu")),
+                         token_types)
+    student, teacher = small_mlm(0).train(), small_mlm(1) if kd else None
+    numbers = {"steps": 10, "batch_size": len(texts), "lr": 0.1, "kd_weight": 0.9} | recipe
+    context = masking.Context(0.3, student, corpus.token_counts(), corpus.vocab.continuation, MASK)
+    trainer = train.Trainer(student, corpus, strategy(context), train.Recipe(**numbers), teacher)
+    trainer.seed(0)
+    return trainer, corpus.batch(torch.arange(len(texts)))
+
+
+def half_of(batch):
+    """Returns a mask on every other maskable token."""
+    return batch.maskable & (torch.arange(batch.maskable.shape[1]) % 2 == 0)
+
+
+@exercise(15)
+def test_two_micro_batches_are_one_batch():
+    gradients, losses = [], []
+    for parts in ([[0, 1, 2, 3]], [[0], [1, 2, 3]]):
+        trainer, batch = small_trainer(corruption=(1, 0, 0))
+        total, loss = half_of(batch).sum(), 0
+        for part in parts:
+            piece = trainer.texts.batch(torch.tensor(part))
+            loss = loss + trainer.micro_step(piece, half_of(piece), total, 0.0)
+        assert not loss.requires_grad and loss.shape == (), \
+            "step: the returned loss is not a scalar without a graph"
+        losses.append(loss)
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    assert all(p is not None for p in gradients[0]), "step: some parameter has no gradient"
+    assert near(losses[0], losses[1], 1e-4), \
+        "step: the losses of two micro-batches do not add up " \
+        "to the loss of one batch: return the sum over the masked positions"
+    assert all(near(a, b, 1e-4) for a, b in zip(*gradients)), \
+        "step: the gradients of two micro-batches do not add up to those of one batch"
+
+
+@exercise(15)
+def test_the_teacher_stays_out_of_the_gradients():
+    trainer, batch = small_trainer(kd=True)
+    plain = trainer.micro_step(batch, half_of(batch), half_of(batch).sum(), 0.0)
+    trainer.seed(0)
+    distilled = trainer.micro_step(batch, half_of(batch), half_of(batch).sum(), 0.5)
+    assert not near(plain, distilled), "step: the loss is the same with kd_weight 0 and 0.5"
+    assert all(p.grad is None for p in trainer.teacher.parameters()), \
+        "step: the teacher has gradients"
+
+
+# --- 16: Matthews' correlation --------------------------------------------------------------------
+
+@exercise(16)
+def test_matthews_by_hand():
+    """Of ten examples: 5 true positives, 2 false positives, 1 false negative, 2 true negatives."""
+    predictions = np.array([1, 1, 1, 1, 1, 1, 1, 0, 0, 0])
+    labels = np.array([1, 1, 1, 1, 1, 0, 0, 1, 0, 0])
+    got = glue.matthews(predictions, labels)
+    assert near(got, 0.3563483), f"matthews: 5 TP, 2 FP, 1 FN, 2 TN give 0.356, not {got:.3f}"
+    assert near(glue.matthews(labels, labels), 1.0), "matthews: all right must be 1"
+    assert near(glue.matthews(1 - labels, labels), -1.0), "matthews: all wrong must be −1"
+    assert near(glue.matthews(np.ones(10, int), labels), 0.0), \
+        "matthews: a constant prediction must be 0"
+
+
+# --- 17: the paired t test and its interval -------------------------------------------------------
+
+SLEEP = ([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0],  # Student 1908: hours of sleep
+         [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])  # gained with two drugs
+
+
+@exercise(17)
+def test_students_own_data():
+    t, p = stats.paired_t_test(*SLEEP)
+    assert near(abs(t), 4.0621277, 1e-4), \
+        f"paired t: of Student's sleep data |t| is 4.062, not {t:.3f}"
+    assert t < 0, "paired t: t has the sign of a − b"
+    assert near(p, 0.0028329, 1e-4), f"paired t: of Student's sleep data p is 0.00283, not {p:.5f}"
+    low, high = stats.confidence_interval([x - y for x, y in zip(*SLEEP)])
+    assert near([low, high], [-2.4598858, -0.7001142], 1e-4), \
+        f"interval: of Student's sleep data it is [-2.460, -0.700], not [{low:.3f}, {high:.3f}]"
+
+
+# --- 18: Holm -------------------------------------------------------------------------------------
+
+@exercise(18)
+def test_holm_by_hand():
+    got = stats.holm([0.01, 0.04, 0.03, 0.005])
+    assert len(got) == 4, "holm: not one adjusted p for each p"
+    assert near(got, [0.03, 0.06, 0.06, 0.02]), \
+        f"holm: 0.01, 0.04, 0.03, 0.005 become {[round(p, 4) for p in got]}, " \
+        "not 0.03, 0.06, 0.06, 0.02"
+    assert near(stats.holm([0.7, 0.6]), [1.0, 1.0]), "holm: an adjusted p is above 1"
+    assert list(stats.holm([])) == [], "holm: of no p-values there are none"
+
+
+# --- 19: the two-way bootstrap --------------------------------------------------------------------
+
+@exercise(19)
+def test_resampled_scores_by_their_mean():
+    values = np.array([0.0, 0.0, 1.0, 4.0])
+    got = stats.resampled_scores(np.mean, values, resamples=2000, seed=1)
+    assert got.shape == (2000,), f"bootstrap: {got.shape} scores, not (R,)"
+    assert abs(got.mean() - 1.25) < 0.1 and abs(got.std() - values.std() / 2) < 0.06, \
+        "bootstrap: the mean of 4 resampled examples must have mean 1.25 and sd 0.82, not " \
+        f"{got.mean():.2f} and {got.std():.2f}: draw as many as there are, with replacement"
+    again = stats.resampled_scores(np.mean, values + 1, resamples=2000, seed=1)
+    assert near(again, got + 1), "bootstrap: the same seed does not draw the same examples"
+
+
+@exercise(19)
+def test_an_interval_without_any_spread():
+    a, b = np.full((3, 50), 0.75), np.full((3, 50), 0.5)
+    assert near(stats.multi_bootstrap(a, b), [0.25, 0.25]), \
+        "bootstrap: where a − b is 0.25 everywhere, the interval is [0.25, 0.25]"
+    assert np.isnan(stats.multi_bootstrap(a[:1], b[:1])).all(), \
+        "bootstrap: one seed must give (nan, nan)"
