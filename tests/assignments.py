@@ -118,8 +118,9 @@ with the word embeddings E as the decoder (tied weights). Only 15% of the positi
         "BERT's whole-word masking (2019), [T]'s second baseline; counting words is ours", """
 A word's pieces are masked together or not at all. Of a row's W words `rate · W` are masked, rounded
 up or down at random as in exercise 1, uniformly without replacement, so that a word of three pieces
-is as likely as a word of one. A piece is a continuation where `continuation` is True **and** the
-position to its left is maskable; else it begins a word.""", 6, 75, 3, (
+is as likely as a word of one. A maskable position continues a word where `continuation` is True
+**and** the position to its left is maskable; every other maskable position begins one, column 0
+among them. ([T] draws each word by itself; a fixed number of words is ours.)""", 6, 75, 3, (
             "First find the pieces that begin a word.",
             "If you knew which of those are drawn, how would the other pieces of a word hear of "
             "it? A running maximum or a running count carries a number along a row.",
@@ -130,8 +131,8 @@ Returns a mask on whole words, drawn uniformly without replacement.
 Of a row's W words rate · W are masked, rounded up or down at random. That is ours; the sources are
 BERT's whole-word masking of 2019 and [T]'s second baseline.
 
-maskable (B, L) bool; continuation (B, L) bool is True on "##" pieces. A piece that has no
-maskable piece before it begins a word, whatever it looks like. Returns (B, L) bool."""}),
+maskable (B, L) bool; continuation (B, L) bool is True on "##" pieces. A piece whose left
+neighbour is not maskable begins a word, whatever it looks like. Returns (B, L) bool."""}),
     Exercise(
         7, "Entropy", "masking.py", ("token_entropy",), "[E]'s score; Shannon 1948", """
     H = −Σ_v p(v) ln p(v),  p = softmax(logits)
@@ -203,22 +204,25 @@ token_ids (B, L). Returns (B, L) float32, without a gradient of its own."""}),
     Exercise(
         13, "Typhoon's moving average", "masking.py", ("Typhoon.accumulate", "Typhoon.step"),
         "[T]'s public code of 2023", """
-For each type v in the batches of one step, with s = −dot of a visible token and +dot of a masked
-one:
+A token has s = −dot if the model saw it and s = +dot if not; dot is what exercise 12 returns. For
+each type v in the batches of one step:
 
     s_v = mean of s over v's visible tokens + mean of s over v's masked tokens
     w_v ← (1 − β) w_v + β s_v,  and  w_v ← s_v  the first time
 
 A type without visible (or masked) tokens has 0 for that mean. Types that do not occur keep their w.
-Tokens that are not maskable never count. `accumulate` adds a batch to `self.totals`; `step` ends a
-step, after `reduce`, if there is one, has summed a tensor in place over data-parallel ranks.
-Several batches, or ranks, must give what one large batch gives.""", 6, 75, 3, (
+Tokens that are not maskable never count. `accumulate` adds a batch to `self.totals`. `step` calls
+`reduce(tensor)`, if it is given, which sums a tensor in place over data-parallel ranks (which one is
+yours to find), updates `self.weight` and `self.seen`, and leaves `self.totals` at zero for the next
+step. Several `accumulate` calls before one `step`, or several ranks, must give what one large batch
+gives.""", 6, 75, 3, (
             "What can be summed over batches and ranks: sums, counts, or means?",
-            "`self.totals` (2, 2V) is given: sums, counts; of visible types, then of masked ones."),
+            "`self.totals` (2, 2V) is given: row 0 holds sums, row 1 counts; columns 0 to V − 1 are "
+            "the types where visible, columns V to 2V − 1 the types where masked."),
         docstrings={"Typhoon.step": """
-Ends a step: w ← (1 − β) w + β s for each type that occurred; its first s sets its w.
+Ends a step: w_v ← (1 − β) w_v + β s_v for each type v that occurred; its first s_v sets its w_v.
 
-s is the mean over a type's visible tokens plus the mean over its masked ones. `reduce` sums a
+s_v is the mean over its visible tokens plus the mean over its masked ones. `reduce` sums a
 tensor in place over data-parallel ranks; every rank must end with the mean over the whole
 batch, as a single process would."""}),
     Exercise(
@@ -274,7 +278,9 @@ predictions, labels (n,), of any number of classes. 0 where one side is constant
     t = mean(d) / (sd(d) / √n),  d = a − b,  p two-sided with n − 1 degrees of freedom
     interval: mean(d) ± t* sd(d) / √n
 
-`mean_sd`, `t_tail` and `t_critical` are given. The undefined cases are in the docstring.""",
+t* leaves a share 1 − level outside, on both sides together. `mean_sd`, `t_tail` and `t_critical`
+are given. The undefined cases are in the docstring; differences are equal where `mean_sd` gives an
+sd of 0. Scores are finite, and there is one at least.""",
         5, 45, 2, ("`t_critical(df, alpha)` is two-sided: alpha is the error of both sides.",),
         forbidden=("scipy", "ttest_rel", "ttest_1samp")),
     Exercise(
@@ -402,15 +408,16 @@ def assignment(exercises: list) -> str:
 
 {sum(e.points for e in exercises)} points. Each exercise is one to three functions without bodies;
 their docstrings give shapes, units and errors. Write a body where it says
-`raise NotImplementedError`.
+`raise NotImplementedError("exercise N: ...")`. Helpers that are "left out" need none.
 
 Check yourself with the public part of an exercise's checks, `python -m pytest -m exercise_6` for
 exercise 6. The grader has further checks: of probabilities, of extreme inputs, of what is passed
 on. It grades each exercise by itself, in a working implementation: a mistake in one costs no point
-in another. Your own checks of an exercise need the earlier ones that it builds on.
+in another. Your own checks of an exercise fail until those under "Builds on" are written.
 
 - Hand in the six .py files. Only the named functions count, and what they use of your own: imports,
-  functions at the top level of the same file, and methods of the same class.
+  functions at the top level of the same file, and methods of the same class (no constants, no
+  classes).
 - Random numbers come from the `generator` that a function is given. No check asks for one
   particular draw; distributions are compared.
 - An exercise has {CPU_SECONDS} seconds. Code that prints, exits, writes files or starts programs
