@@ -674,7 +674,7 @@ def main(argv=None):
     add("text")
     add("--model", help="run, Hugging Face directory or hub name (default: the newest run)")
     add("--masking", type=strategy_name, metavar="FILE.py:CLASS", help="your strategy, as a column")
-    add("--mask-rate", type=number(float, above=0, below=1), default=0.15)
+    add("--mask-rate", type=number(float, above=0, below=1), default=0.3)
     add("--seed", type=number(int, low=0, below=2 ** 63), default=0)
     add("--svg", type=Path, metavar="FILE", help="also draw what the terminal shows into this file")
     args = parser.parse_args(argv)

@@ -924,6 +924,7 @@ def tokenised_windows(args: Namespace, tokenizer: Tokenizer, read) -> dict[str, 
     key = [corpus_state(args.corpus), args.corpus_fraction, args.seq_len, tokenizer_digest]
 
     def build():
+        """Returns the windows. Raises InputError where one of the two parts has none."""
         training, held_out = read()
         windows = {"train": pack(training, tokenizer, args.seq_len, "the corpus"),
                    "held_out": pack(held_out, tokenizer, args.seq_len, "the held-out text")[:1000]}
