@@ -1199,7 +1199,7 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("distillation and the teacher").add_argument
     add("--teacher", metavar="MODEL", help="default, where one is needed: trained first, and kept")
-    add("--teacher-steps", type=count, default=2000, help="steps of the teacher trained first")
+    add("--teacher-steps", type=count, default=2500, help="steps of the teacher trained first")
     add("--teacher-seed", type=number(int, low=0, below=2 ** 31), default=0,
         help="its seed; runs with the same one share their teacher, whatever their own --seed")
     add("--kd-weight", type=fraction, default=0.0, help="alpha: distillation's share of the loss")
