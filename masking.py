@@ -33,7 +33,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -545,7 +545,7 @@ def strategy_label(name: str) -> str:
 # --- the demo -------------------------------------------------------------------------------------
 
 def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
-         names: Iterable[str]) -> tuple[list[str], dict[str, list]]:
+         names: list[str]) -> tuple[list[str], dict[str, list]]:
     """Returns the L word pieces of a text, and by each strategy's label its L `cells`.
 
     Raises InputError where the text has no word to mask."""
@@ -669,7 +669,7 @@ def main(argv=None):
     settings = Path(source) / "train_args.json"
     teacher_dir = read_json(settings).get("teacher_dir") if settings.exists() else None
     teacher = load_pretrained(teacher_dir, head="mlm")[0] if teacher_dir else model
-    names = dict.fromkeys([*STRATEGIES, args.masking or "random"])  # each of them once
+    names = [*STRATEGIES, args.masking] if args.masking else [*STRATEGIES]
     pieces, columns = demo(args.text, model.eval(), tokenizer, teacher.eval(), args.mask_rate,
                            args.seed, names)
     print(f"model {source}, teacher {teacher_dir or 'the same'}, {args.mask_rate:.0%} masked")

@@ -390,7 +390,7 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
         else:
             saved_labels = weights.get("classifier.bias", torch.zeros(2)).numel()
             model = BertForSequenceClassification(config, num_labels or saved_labels)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # also: out of memory
         raise InputError(f"{directory}/config.json makes no model here: {error}") from None
     tokenizer = load_tokenizer(directory)
     pieces = 1 + max(tokenizer.get_vocab().values())
@@ -515,7 +515,11 @@ def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[s
     weights that it lacks, or has for another number of labels. Raises InputError where a weight of
     the encoder is missing or of another shape."""
     kind, missing = model.config.model_type, []
-    weights = current_names(weights, kind)
+    # An encoder that was saved alone lacks the prefix `bert.` or `distilbert.`; old files call a
+    # LayerNorm's weight and bias gamma and beta.
+    prefix = "" if any(name.startswith(kind + ".") for name in weights) else kind + "."
+    weights = {re.sub("gamma$", "weight", re.sub("beta$", "bias", prefix + name)): value
+               for name, value in weights.items()}
     for name, ours in model.state_dict().items():  # these share the parameters' memory
         theirs = hf_name(name, kind)
         found = weights.get(theirs)
@@ -528,15 +532,6 @@ def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[s
         else:
             missing.append(name)
     return missing
-
-
-def current_names(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
-    """The same weights under today's names: old files call a LayerNorm's weight and bias gamma and
-    beta, and an encoder saved alone lacks the prefix `bert.` or `distilbert.`."""
-    bare = not any(name.startswith(model_type + ".") for name in weights)
-    prefix = model_type + "." if bare else ""
-    names = [re.sub("gamma$", "weight", re.sub("beta$", "bias", name)) for name in weights]
-    return {prefix + name: value for name, value in zip(names, weights.values())}
 
 
 def config_from_hf(fields: dict) -> BertConfig:
@@ -630,14 +625,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             first, last = entry["data_offsets"]
             whole = all(type(n) is int and n >= 0 for n in (first, last, *shape))
-            fits = whole and first == end and last - first == math.prod(shape) * dtype.itemsize
-            if not fits or start + last > len(data):
+            if not whole or first != end or last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"the shape and offsets of {name} do not fit together")
             raw = data[start + first:start + last]
             flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
             tensors[name], end = flat.reshape(shape), last
         if start + end != len(data):
-            raise ValueError("it holds more numbers than its header names")
+            raise ValueError("its length is not what its header says")
     except Exception as error:  # a damaged header can raise nearly anything
         raise InputError(f"{path} is not a sound safetensors file ({error}): copy it") from None
     return tensors
