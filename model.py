@@ -553,6 +553,7 @@ def config_to_hf(model: nn.Module) -> dict:
     if kind == "distilbert":
         fields |= {theirs: fields.pop(ours) for ours, theirs in DISTILBERT_FIELDS.items()}
     fields["architectures"] = [HF_CLASS[kind] + type(model).__name__.removeprefix("Bert")]
+    fields["activation" if kind == "distilbert" else "hidden_act"] = "gelu"
     if hasattr(model, "classifier"):
         fields["id2label"] = {i: f"LABEL_{i}" for i in range(model.classifier.out_features)}
     return fields
