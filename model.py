@@ -463,7 +463,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle can raise nearly anything
-        raise InputError(f"{path} cannot be read as plain tensors ({type(error).__name__})") from None
+        raise InputError(f"{path} is not plain tensors ({type(error).__name__})") from None
 
 
 # --- Hugging Face's names -------------------------------------------------------------------------

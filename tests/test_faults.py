@@ -250,7 +250,7 @@ CASES = {
         ("--teacher huge", "huge/config.json makes no model here"),
         ("--teacher headless", "no whole masked-LM head"),
         ("--teacher scalar", "query.weight is ()"),
-        ("--teacher pickle", "cannot be read as plain tensors")],
+        ("--teacher pickle", "is not plain tensors")],
     masking: [
         ("", "the following arguments are required: text"), ("text", "there is no run here yet: run train.py first"),
         ("'the cat' --model nowhere", "the hub did not give it"),

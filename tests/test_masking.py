@@ -15,7 +15,7 @@ import torch
 from masking import (STRATEGIES, Batch, Context, Strategy, Typhoon, budget, corrupt,
                      embedding_saliency, entropy_mask, evaluating, find_strategy, hidden_entropy,
                      position_entropy, random_mask, strategy_label, token_entropy, top_k,
-                     uniform, whole_word_mask)
+                     whole_word_mask)
 from model import BertConfig, BertForMaskedLM
 from torch.nn import functional as F
 from train import Recipe, Texts, Trainer, Vocab, train_tokenizer
