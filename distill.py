@@ -45,9 +45,14 @@ def init_student(student: nn.Module, teacher: nn.Module, how: str):
     how: "embeddings" copies the word, position and token-type embeddings and their LayerNorm;
     "layers" also copies evenly spaced encoder layers, student layer i from teacher layer ⌊i T / S⌋
     (at T = 2 S every second one, as DistilBERT). Raises InputError where something does not fit."""
+    if how not in ("embeddings", "layers"):
+        raise ValueError(f"unknown how {how!r}: embeddings or layers")
     copy(student.bert.embeddings, teacher.bert.embeddings)
     if how == "layers":
         S, T = len(student.bert.layers), len(teacher.bert.layers)
+        if S > T:
+            raise InputError(f"the student has {S} layers, the teacher {T}: "
+                             "choose a smaller student")
         for i, layer in enumerate(student.bert.layers):
             copy(layer, teacher.bert.layers[i * T // S])
 

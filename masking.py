@@ -670,7 +670,8 @@ def main(argv=None):
     teacher_dir = read_json(settings).get("teacher_dir") if settings.exists() else None
     teacher = load_pretrained(teacher_dir, head="mlm")[0] if teacher_dir else model
     names = [*STRATEGIES, args.masking] if args.masking else [*STRATEGIES]
-    pieces, columns = demo(args.text, model.eval(), tokenizer, teacher.eval(), args.mask_rate,
+    text = args.text.encode(errors="surrogateescape").decode(errors="replace")  # from any shell
+    pieces, columns = demo(text, model.eval(), tokenizer, teacher.eval(), args.mask_rate,
                            args.seed, names)
     print(f"model {source}, teacher {teacher_dir or 'the same'}, {args.mask_rate:.0%} masked")
     print("\n".join(demo_lines(pieces, columns, colour=sys.stdout.isatty())))

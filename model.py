@@ -66,6 +66,8 @@ class BertConfig:
     def __post_init__(self):
         if self.model_type not in ("bert", "distilbert"):
             raise InputError(f"model_type {self.model_type!r}: only bert and distilbert are read")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise InputError(f"pad_token_id is {self.pad_token_id}: no word piece has that id")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(f"hidden_size is {self.hidden_size}: it must be a multiple of "
                              f"{self.num_attention_heads} heads")
@@ -385,12 +387,14 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
         if dropout is not None:
             config = replace(config, hidden_dropout_prob=dropout,
                              attention_probs_dropout_prob=dropout)
+        if config.num_hidden_layers > len(weights):  # refused before a billion layers are built
+            raise InputError(f"it asks for {config.num_hidden_layers:,} layers")
         if head == "mlm":
             model = BertForMaskedLM(config)
         else:
             saved_labels = weights.get("classifier.bias", torch.zeros(2)).numel()
             model = BertForSequenceClassification(config, num_labels or saved_labels)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # also: out of memory
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{directory}/config.json makes no model here: {error}") from None
     tokenizer = load_tokenizer(directory)
     pieces = 1 + max(tokenizer.get_vocab().values())

@@ -118,6 +118,8 @@ def test_what_does_not_fit_names_both_shapes():
     both = r"\(30, 16\) in the student and \(30, 32\) in the teacher"
     with pytest.raises(InputError, match=both):
         init_student(model(2), model(2, hidden=32), "embeddings")
+    with pytest.raises(InputError, match="3 layers, the teacher 2"):
+        init_student(model(3), model(2), "layers")
 
 
 def test_what_does_not_fit_leaves_the_student_as_it_was():
