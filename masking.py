@@ -26,21 +26,21 @@ for PyTorch's global one.
 import argparse
 import functools
 import html
-import importlib.util
 import itertools
 import math
+import runpy
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import (SPECIAL_TOKENS, InputError, Parser, can_write, load_pretrained, number,
-                   read_json, run_cli, write_atomic)
+from model import (SPECIAL_TOKENS, InputError, Parser, load_pretrained, number, read_json, run_cli,
+                   write_atomic)
 
 Generator = torch.Generator | None
 
@@ -238,8 +238,7 @@ class Typhoon:
 
     def __init__(self, token_counts: Tensor, rate: float, spread: float = 0.4,
                  ema_weight: float = 0.8):
-        on_mps = token_counts.device.type == "mps"  # which has no float64
-        real = torch.float32 if on_mps else torch.float64
+        real = torch.float32 if token_counts.device.type == "mps" else torch.float64  # MPS has none
         self.rate, self.spread, self.ema_weight = rate, spread, ema_weight
         self.frequency = token_counts.to(real) / token_counts.sum()  # f, (V,)
         self.weight = torch.zeros_like(self.frequency)  # w, (V,)
@@ -507,14 +506,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 # --- a strategy by its name -----------------------------------------------------------------------
 
-@functools.cache  # once a process, so that a class stays the same one however often it is asked for
-def import_file(path: Path):
-    """Runs a Python file and returns it as a module."""
-    spec = importlib.util.spec_from_file_location(str(path), path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[str(path)] = module  # dataclasses look their module up here
-    spec.loader.exec_module(module)
-    return module
+# Once a process, so that a class stays the same one however often it is asked for.
+run_file = functools.cache(runpy.run_path)
 
 
 def find_strategy(name: str) -> type[Strategy]:
@@ -523,27 +516,18 @@ def find_strategy(name: str) -> type[Strategy]:
     Raises argparse.ArgumentTypeError: one line that says what is wrong."""
     if name in STRATEGIES:
         return STRATEGIES[name]
-
-    def wrong(why: str) -> Exception:
-        return argparse.ArgumentTypeError(f"{name!r} {why}")
-
     file, _, class_name = name.rpartition(":")
     if not file.endswith(".py"):
-        raise wrong(f"is unknown: choose from {', '.join(STRATEGIES)}, or give FILE.py:CLASS")
-    if not Path(file).is_file():
-        raise wrong(f"is not there: no file {file}")
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is unknown: choose from {', '.join(STRATEGIES)}, or give FILE.py:CLASS")
     try:
-        module = import_file(Path(file).resolve())
+        found = run_file(str(Path(file).resolve())).get(class_name)
     except (Exception, SystemExit) as error:  # the user's file can raise anything
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise wrong(f"cannot be imported: {said}") from None
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        raise wrong(f"is not there: {file} has no class {class_name}")
-    if not issubclass(found, Strategy):
-        raise wrong(f"is not a strategy: derive {class_name} from masking.Strategy")
-    if found.mask is Strategy.mask:
-        raise wrong(f"is not a strategy: {class_name} has no method `mask`")
+        raise argparse.ArgumentTypeError(f"{file} cannot be imported: {error!r}") from None
+    is_strategy = isinstance(found, type) and issubclass(found, Strategy)
+    if not is_strategy or found.mask is Strategy.mask:
+        raise argparse.ArgumentTypeError(
+            f"{file} has no class {class_name} that derives from masking.Strategy and has a `mask`")
     return found
 
 
@@ -561,7 +545,7 @@ def strategy_label(name: str) -> str:
 # --- the demo -------------------------------------------------------------------------------------
 
 def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
-         names: Iterable[str]) -> tuple[list[str], dict[str, list]]:
+         names: list[str]) -> tuple[list[str], dict[str, list]]:
     """Returns the L word pieces of a text, and by each strategy's label its L `cells`.
 
     Raises InputError where the text has no word to mask."""
@@ -590,8 +574,7 @@ def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
         scores = entropy * math.nan if strategy.scores is None else strategy.scores.float()
         label = strategy_label(name)[:13]  # what fits above a column
         columns[label] = cells(mask[0], scores.masked_fill(~maskable, math.nan)[0])
-    # A terminal and XML want no control characters.
-    return ["".join(c if c.isprintable() else "?" for c in piece) for piece in pieces], columns
+    return pieces, columns
 
 
 def feed(strategy: Strategy, model, batch: Batch, context: Context, generator: Generator):
@@ -678,8 +661,6 @@ def main(argv=None):
     add("--seed", type=number(int, low=0, below=2 ** 63), default=0)
     add("--svg", type=Path, metavar="FILE", help="also draw what the terminal shows into this file")
     args = parser.parse_args(argv)
-    if args.svg and (args.svg.is_dir() or not can_write(args.svg)):
-        raise InputError(f"--svg {args.svg} is wrong: it must be a file that can be written")
     runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not (args.model or runs):
         raise InputError("there is no run here yet: run train.py first, or give --model")
@@ -688,8 +669,8 @@ def main(argv=None):
     settings = Path(source) / "train_args.json"
     teacher_dir = read_json(settings).get("teacher_dir") if settings.exists() else None
     teacher = load_pretrained(teacher_dir, head="mlm")[0] if teacher_dir else model
+    names = [*STRATEGIES, args.masking] if args.masking else [*STRATEGIES]
     text = args.text.encode(errors="surrogateescape").decode(errors="replace")  # from any shell
-    names = dict.fromkeys([*STRATEGIES, args.masking or "random"])  # each of them once
     pieces, columns = demo(text, model.eval(), tokenizer, teacher.eval(), args.mask_rate,
                            args.seed, names)
     print(f"model {source}, teacher {teacher_dir or 'the same'}, {args.mask_rate:.0%} masked")

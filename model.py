@@ -17,12 +17,10 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -51,7 +49,7 @@ PRESETS = {  # Turc et al. 2019 (1908.08962), table 1: number of layers, hidden 
 @dataclass
 class BertConfig:
     """The shape of an encoder, in Hugging Face's field names; the defaults are bert-base-uncased's.
-    Raises InputError on values that make no model."""
+    Raises InputError."""
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -68,23 +66,15 @@ class BertConfig:
     def __post_init__(self):
         if self.model_type not in ("bert", "distilbert"):
             raise InputError(f"model_type {self.model_type!r}: only bert and distilbert are read")
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                 "intermediate_size", "max_position_embeddings")
-        limits = dict.fromkeys(sizes, (1, math.inf))
-        limits |= {"hidden_dropout_prob": (0, 1), "attention_probs_dropout_prob": (0, 1),
-                   "pad_token_id": (0, self.vocab_size - 1)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be {low} to {high}")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise InputError(f"pad_token_id is {self.pad_token_id}: no word piece has that id")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(f"hidden_size is {self.hidden_size}: it must be a multiple of "
                              f"{self.num_attention_heads} heads")
 
     @classmethod
     def preset(cls, name: str, **fields) -> "BertConfig":
-        """One of PRESETS, other `fields` as given. Raises InputError on an unknown name."""
-        if name not in PRESETS:
-            raise InputError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+        """One of PRESETS, other `fields` as given."""
         layers, hidden = PRESETS[name]
         shape = {"num_hidden_layers": layers, "hidden_size": hidden,
                  "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
@@ -252,18 +242,15 @@ class MaskedLMHead(nn.Module):
         return F.linear(transformed, word_embeddings, self.bias)
 
 
-class Queries(NamedTuple):
-    """The positions of a batch whose output is wanted, as the encoder takes them."""
-    columns: Tensor  # (B, K) the wanted columns of each text in order, then others to fill the row
-    chosen: Tensor  # (N,) the wanted ones among the B · K columns, flattened
+def query_positions(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """(columns, chosen) for a mask, positions (B, L) bool, as the encoder takes them.
 
-
-def query_positions(positions: Tensor) -> Queries:
-    """Queries for a mask, positions (B, L) bool; K is the number of positions in the fullest text.
+    columns (B, K): the wanted columns of each text in order, then others to fill the row; K is the
+    number of positions in the fullest text. chosen (N,): the wanted ones among the B · K columns.
 
     >>> query_positions(torch.tensor([[False, True, False, True], [False, False, True, False]]))
-    Queries(columns=tensor([[1, 3],
-            [2, 0]]), chosen=tensor([0, 1, 2]))
+    (tensor([[1, 3],
+            [2, 0]]), tensor([0, 1, 2]))
     """
     # A shape is known to the host, so it waits here for the GPU to count K, and below to count N.
     # Student and teacher therefore share the queries of a batch.
@@ -271,7 +258,7 @@ def query_positions(positions: Tensor) -> Queries:
     # A stable descending sort of 0s and 1s brings the wanted columns to the front, in their order.
     columns = positions.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :K]
     wanted = positions.gather(1, columns)  # (B, K), False on the columns that only fill a row
-    return Queries(columns, wanted.flatten().nonzero()[:, 0])
+    return columns, wanted.flatten().nonzero()[:, 0]
 
 
 class BertForMaskedLM(nn.Module):
@@ -291,9 +278,11 @@ class BertForMaskedLM(nn.Module):
         inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         if positions is None:
             return self.bert(*inputs)
-        queries = query_positions(positions) if isinstance(positions, Tensor) else positions
-        hidden = self.bert(*inputs, queries=queries.columns)  # (B, K, H)
-        return hidden.flatten(0, 1)[queries.chosen]  # (N, H)
+        if isinstance(positions, Tensor):
+            positions = query_positions(positions)
+        columns, chosen = positions
+        hidden = self.bert(*inputs, queries=columns)  # (B, K, H)
+        return hidden.flatten(0, 1)[chosen]  # (N, H)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)"""
@@ -392,28 +381,31 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
     replaces both of the checkpoint's. A head that it lacks starts fresh, and a line says so;
     whole=True refuses this: a teacher with a fresh head would teach noise. Raises InputError."""
     directory = find_pretrained(str(name_or_dir))
-    config = config_from_hf(read_json(directory / "config.json"), str(directory))
-    if dropout is not None:
-        config = replace(config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    tokenizer, weights = load_tokenizer(directory), read_weights(directory)
-    pieces, layers = 1 + max(tokenizer.get_vocab().values()), config.num_hidden_layers
-    if pieces > config.vocab_size:
-        raise InputError(f"{directory}: the tokenizer has {pieces:,} word pieces, the model "
-                         f"{config.vocab_size:,}: they do not belong together")
-    if layers > len(weights):  # refused before a billion layers are built
-        raise InputError(f"{directory}: config.json asks for {layers:,} layers: copy it again")
+    fields, weights = read_json(directory / "config.json"), read_weights(directory)
     try:
+        config = config_from_hf(fields)
+        if dropout is not None:
+            config = replace(config, hidden_dropout_prob=dropout,
+                             attention_probs_dropout_prob=dropout)
+        if config.num_hidden_layers > len(weights):  # refused before a billion layers are built
+            raise InputError(f"it asks for {config.num_hidden_layers:,} layers")
         if head == "mlm":
             model = BertForMaskedLM(config)
         else:
             saved_labels = weights.get("classifier.bias", torch.zeros(2)).numel()
             model = BertForSequenceClassification(config, num_labels or saved_labels)
-    except RuntimeError:  # PyTorch's for memory
-        raise InputError(f"{directory}: config.json asks for a model that no memory holds: "
-                         "copy it again") from None
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{directory}/config.json makes no model here: {error}") from None
+    tokenizer = load_tokenizer(directory)
+    pieces = 1 + max(tokenizer.get_vocab().values())
+    if pieces > config.vocab_size:
+        raise InputError(f"{directory}: the tokenizer has {pieces:,} word pieces, the model "
+                         f"{config.vocab_size:,}: they do not belong together")
     missing = from_hf(model, weights, str(directory))
     if missing and whole:
         raise InputError(f"{directory} has no whole masked-LM head: a teacher needs one")
+    if missing:
+        log.info("%s: %s head freshly initialised: %s", directory, head, ", ".join(missing))
     return model, tokenizer
 
 
@@ -442,8 +434,7 @@ def find_pretrained(name_or_dir: str) -> Path:
     if path.is_dir():
         return path
     is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name_or_dir)
-    starts_here = "/" in name_or_dir and Path(path.parts[0]).exists()
-    if not is_hub_name or starts_here or path.exists():
+    if not is_hub_name or Path(path.parts[0]).exists():
         raise InputError(f"{name_or_dir} is not a model directory: give a run or a hub name")
     from huggingface_hub import snapshot_download  # only here: it takes half a second to import
     files = ["config.json", *WEIGHT_FILES, "vocab.txt", "tokenizer*.json"]
@@ -474,13 +465,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle can raise nearly anything
-        raise InputError(f"{path} cannot be read as plain tensors ({type(error).__name__}): "
-                         "copy it again") from None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise InputError(f"{path} is not a state dict: give the file that Hugging Face saves")
-    return weights
+        raise InputError(f"{path} is not plain tensors ({type(error).__name__})") from None
 
 
 # --- Hugging Face's names -------------------------------------------------------------------------
@@ -502,8 +489,6 @@ NAMES = {  # our module -> BERT's, DistilBERT's; first those in a layer, then th
     "head": ("cls.predictions", "vocab_projector"),
     "classifier": ("classifier", "classifier"),
 }
-HEADS = ("cls.", "vocab_", "bert.pooler.", "pre_classifier.", "classifier.")  # how theirs begin
-TIED = ("cls.predictions.decoder.weight", "vocab_projector.weight")  # copies of word embeddings
 DISTILBERT_FIELDS = {
     "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
     "intermediate_size": "hidden_dim", "hidden_dropout_prob": "dropout",
@@ -530,75 +515,40 @@ def to_hf(model: nn.Module) -> dict[str, Tensor]:
 
 
 def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[str]:
-    """Copies a Hugging Face state dict into `model`, in place; returns our names that it lacks.
-
-    Raises InputError on a shape that does not fit, on an encoder weight that is missing, and on a
-    decoder that is not tied to the word embeddings."""
-    kind, missing, used = model.config.model_type, [], set()
-    weights = current_names(weights, kind)
+    """Copies a Hugging Face state dict into `model`, in place; returns the names of our head's
+    weights that it lacks, or has for another number of labels. Raises InputError where a weight of
+    the encoder is missing or of another shape."""
+    kind, missing = model.config.model_type, []
+    # An encoder that was saved alone lacks the prefix `bert.` or `distilbert.`; old files call a
+    # LayerNorm's weight and bias gamma and beta.
+    prefix = "" if any(name.startswith(kind + ".") for name in weights) else kind + "."
+    weights = {re.sub("gamma$", "weight", re.sub("beta$", "bias", prefix + name)): value
+               for name, value in weights.items()}
     for name, ours in model.state_dict().items():  # these share the parameters' memory
         theirs = hf_name(name, kind)
         found = weights.get(theirs)
-        if found is None and name.startswith(("bert.embeddings.", "bert.layers.")):
-            raise InputError(f"{source}: the weights lack {theirs}: is it a {kind} checkpoint?")
         if found is not None and found.shape == ours.shape:
             ours.copy_(found)
-            used.add(theirs)
-        elif found is None or name.startswith("classifier."):  # one for another number of labels
-            missing.append(name)
+        elif name.startswith(("bert.embeddings.", "bert.layers.")):
+            shape = "missing" if found is None else tuple(found.shape)
+            raise InputError(f"{source}: {theirs} is {shape}, its config.json asks for "
+                             f"{tuple(ours.shape)}")
         else:
-            raise InputError(f"{source}: {theirs} is {tuple(found.shape)}, its config.json asks "
-                             f"for {tuple(ours.shape)}")
-    words = model.bert.embeddings.word_embeddings.weight
-    for name in TIED:
-        decoder = weights.get(name, words).to(words)
-        if hasattr(model, "head") and not torch.equal(decoder, words):
-            raise InputError(f"{source}: {name} is not tied to the word embeddings, as it is here")
-    report_loading(source, missing, [name for name in weights if name not in used])
+            missing.append(name)
     return missing
 
 
-def current_names(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
-    """The same weights under today's names: old files call a LayerNorm's weight and bias gamma and
-    beta, and an encoder saved alone lacks the prefix `bert.` or `distilbert.`."""
-    bare = not any(name.startswith(model_type + ".") for name in weights)
-    prefix = model_type + "." if bare else ""
-    names = [re.sub("gamma$", "weight", re.sub("beta$", "bias", name)) for name in weights]
-    return {prefix + name: value for name, value in zip(names, weights.values())}
-
-
-def report_loading(source: str, missing: list[str], unused: list[str]):
-    """Logs what starts fresh and what is left out. A head for another task is left out silently."""
-    fresh = {name.split(".")[-2] for name in missing}  # modules
-    if fresh and fresh <= {"pooler", "classifier"}:
-        log.info("%s: new classification head (%s), as always before fine-tuning", source,
-                 ", ".join(sorted(fresh)))
-    elif fresh:
-        log.warning("%s: not found, freshly initialised: %s", source, ", ".join(missing))
-    # position_ids is a constant in old files
-    strange = [name for name in unused if not name.startswith(HEADS) and "position_ids" not in name]
-    if strange:
-        more = ", ..." if len(strange) > 6 else ""
-        log.warning("%s: not used: %s", source, ", ".join(strange[:6]) + more)
-
-
-def config_from_hf(fields: dict, source: str) -> BertConfig:
+def config_from_hf(fields: dict) -> BertConfig:
     """A config.json as BertConfig. Raises InputError on what this encoder does not compute."""
     if fields.get("model_type") == "distilbert":
-        theirs_to_ours = {theirs: ours for ours, theirs in DISTILBERT_FIELDS.items()}
-        fields = {theirs_to_ours.get(name, name): value for name, value in fields.items()}
-    activation = fields.get("hidden_act", fields.get("activation", "gelu"))
-    if activation != "gelu":
-        raise InputError(f"{source}: activation {activation!r}; only gelu is implemented")
-    positions = fields.get("position_embedding_type", "absolute")
-    if positions != "absolute":
-        raise InputError(f"{source}: position embeddings are {positions}, not absolute")
-    defaults = asdict(BertConfig())
-    known = {name: fields[name] for name in defaults if fields.get(name) is not None}
-    for name, value in known.items():
-        if type(value) not in (type(defaults[name]), int):
-            raise InputError(f"{source}: config.json has {name} = {value!r}")
-    return BertConfig(**known)
+        fields = fields | {ours: fields.get(theirs) for ours, theirs in DISTILBERT_FIELDS.items()}
+    only = {"hidden_act": "gelu", "activation": "gelu", "position_embedding_type": "absolute",
+            "tie_word_embeddings": True}
+    for name, value in only.items():
+        if fields.get(name, value) != value:
+            raise InputError(f"{name} is {fields[name]!r}: only {value} is implemented")
+    names = asdict(BertConfig())
+    return BertConfig(**{name: fields[name] for name in names if fields.get(name) is not None})
 
 
 def config_to_hf(model: nn.Module) -> dict:
@@ -606,7 +556,6 @@ def config_to_hf(model: nn.Module) -> dict:
     fields, kind = asdict(model.config), model.config.model_type
     if kind == "distilbert":
         fields |= {theirs: fields.pop(ours) for ours, theirs in DISTILBERT_FIELDS.items()}
-        del fields["type_vocab_size"], fields["layer_norm_eps"]
     fields["architectures"] = [HF_CLASS[kind] + type(model).__name__.removeprefix("Bert")]
     fields["activation" if kind == "distilbert" else "hidden_act"] = "gelu"
     if hasattr(model, "classifier"):
@@ -637,23 +586,20 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if not path.exists():
         path = directory / "vocab.txt"
-    if not path.exists():
-        raise InputError(f"{directory} has neither tokenizer.json nor vocab.txt: copy one there")
-    given = read_json(settings) if path.name == "vocab.txt" and settings.exists() else {}
     try:
-        if path.name == "vocab.txt":
-            words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            vocab = {word: i for i, word in enumerate(words)}
-            tokenizer = wordpiece_tokenizer(vocab, bool(given.get("do_lower_case", True)))
-        else:
+        if path.name == "tokenizer.json":
             tokenizer = Tokenizer.from_file(str(path))
-            vocab = tokenizer.get_vocab()
             tokenizer.no_truncation()
             tokenizer.no_padding()
+        else:
+            words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            given = read_json(settings) if settings.exists() else {}
+            tokenizer = wordpiece_tokenizer({word: i for i, word in enumerate(words)},
+                                            bool(given.get("do_lower_case", True)))
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"{path} cannot be read ({error}): copy it again") from None
-    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
-    if missing:
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:  # some multilingual BERTs have another model's tokenizer
         raise InputError(f"{path} lacks {', '.join(missing)}: is it BERT's?")
     return tokenizer
 
@@ -684,14 +630,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             first, last = entry["data_offsets"]
             whole = all(type(n) is int and n >= 0 for n in (first, last, *shape))
-            fits = whole and first == end and last - first == math.prod(shape) * dtype.itemsize
-            if not fits or start + last > len(data):
+            if not whole or first != end or last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"the shape and offsets of {name} do not fit together")
             raw = data[start + first:start + last]
             flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
             tensors[name], end = flat.reshape(shape), last
         if start + end != len(data):
-            raise ValueError("it holds more numbers than its header names")
+            raise ValueError("its length is not what its header says")
     except Exception as error:  # a damaged header can raise nearly anything
         raise InputError(f"{path} is not a sound safetensors file ({error}): copy it") from None
     return tensors
@@ -707,23 +652,19 @@ def unique_keys(pairs: list) -> dict:
 def write_safetensors(path: Path, tensors: dict[str, Tensor]):
     """Writes what `read_safetensors` and Hugging Face read."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, chunks, offset = {"__metadata__": {"format": "pt"}}, [], 0
+    header, body = {"__metadata__": {"format": "pt"}}, bytearray()
     for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        chunks.append(flat.view(torch.uint8).numpy().tobytes())
-        end = offset + len(chunks[-1])
+        flat, start = tensor.detach().cpu().contiguous().reshape(-1), len(body)
+        body += flat.view(torch.uint8).numpy().tobytes()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, end]}
-        offset = end
+                        "data_offsets": [start, len(body)]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    write_atomic(path, len(text).to_bytes(8, "little") + text + b"".join(chunks))
+    write_atomic(path, len(text).to_bytes(8, "little") + text + body)
 
 
 def write_atomic(path: str | Path, data: str | bytes):
-    """Writes a file whole or not at all: a temporary file beside it is flushed, then renamed.
-
-    Raises RunError where that fails, as on a full disk."""
+    """Writes a file whole or not at all. Raises RunError where that fails, as on a full disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -735,8 +676,8 @@ def write_atomic(path: str | Path, data: str | bytes):
         os.chmod(temporary, 0o644)  # mkstemp's files are private
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}): make room or choose another "
-                       "place; what was there before is untouched") from None
+        raise RunError(f"{path} cannot be written ({error.strerror}): make room, or choose another "
+                       "place") from None
     finally:
         Path(temporary).unlink(missing_ok=True)  # already gone where all went well
 
@@ -753,7 +694,7 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path.parent} has no {path.name}: copy it there, or choose another")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): delete it or copy it again") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no JSON object: delete it or copy it again")
@@ -800,12 +741,10 @@ def run_cli(main):
         return main()
     except InputError as error:
         status, message = 2, str(error)
-    except RunError as error:
+    except (RunError, OSError) as error:
         status, message = 1, str(error)
-    except OSError as error:
-        status, message = 1, f"{error}: see to that file or disk, then try again"
     except KeyboardInterrupt:
-        status, message = 128 + signal.SIGINT, "interrupted"
+        status, message = 130, "interrupted"
     line = " ".join(message.split())  # one line, whatever the message quotes
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(status)

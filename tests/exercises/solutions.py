@@ -308,8 +308,8 @@ class BertForMaskedLM:
             return self.bert(**given)
         if not isinstance(positions, tuple):
             positions = query_positions(positions)
-        rows = self.bert(**given, queries=positions.columns)
-        return torch.index_select(rows.flatten(0, 1), 0, positions.chosen)
+        rows = self.bert(**given, queries=positions[0])
+        return torch.index_select(rows.flatten(0, 1), 0, positions[1])
 '''}, [
     ("no bias", " + self.bias", ""),
     ("norm before the activation", "F.gelu(self.dense(hidden))", "self.norm(self.dense(hidden))",
