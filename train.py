@@ -575,14 +575,14 @@ def load_models(args: Namespace):
             raise InputError(f"the teacher predicts {sizes[0]:,} word pieces, --init {sizes[1]:,}, "
                              "and they are not the same")
         tokenizer = pieces
-    for option, model in (("--init", init), ("--teacher", teacher)):
-        if model and model.config.max_position_embeddings < args.seq_len:
-            raise InputError(f"{option} has {model.config.max_position_embeddings} positions: "
-                             "lower --seq-len")
     given = args.teacher or args.init
     if given and args.vocab_size not in (None, tokenizer.get_vocab_size()):
         raise InputError(f"{given} has {tokenizer.get_vocab_size():,} word pieces, not "
                          f"{args.vocab_size:,}: drop --vocab-size or choose another model")
+    for option, model in (("--init", init), ("--teacher", teacher)):
+        if model and model.config.max_position_embeddings < args.seq_len:
+            raise InputError(f"{option} has {model.config.max_position_embeddings} positions: "
+                             "lower --seq-len")
     return init, teacher, tokenizer, teacher_dir
 
 
