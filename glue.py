@@ -38,8 +38,8 @@ from masking import (STRATEGIES, Context, TyphoonStrategy, find_strategy, strate
                      strategy_name)
 from model import (InputError, Parser, RunError, can_write, find_pretrained, load_pretrained, log,
                    number, read_json, run_cli, save_pretrained, weights_digest, write_atomic)
-from train import (Recipe, Texts, Trainer, Vocab, build_strategy, download, entropy_table, lr_at,
-                   make_optimizer, pick_device, unpack, use_bf16, versions)
+from train import (Recipe, Texts, Trainer, Vocab, add_masking_options, build_strategy, download,
+                   entropy_table, lr_at, make_optimizer, pick_device, unpack, use_bf16, versions)
 
 
 # --- the tasks ------------------------------------------------------------------------------------
@@ -832,19 +832,10 @@ def make_parser() -> Parser:
     add("--adapt-epochs", type=count, default=3, help="passes over the text of the examples")
     add("--adapt-batch-size", type=count, default=16, help="examples an optimizer step")
     add("--adapt-lr", type=positive, default=1e-4, help="peak learning rate")
-    add("--mask-rate", type=number(float, above=0, below=1), default=0.3, help="for every strategy")
-    add("--corruption", type=share, nargs=3, default=[1.0, 0.0, 0.0],
-        metavar=("MASK", "SWAP", "KEEP"),
-        help="shares of the chosen tokens that become [MASK], become a random token, stay")
+    add_masking_options(add, corruption=[1.0, 0.0, 0.0], entropy_select="high")
     add("--typhoon-loss", choices=["task", "mlm"], default="task",
         help="whose gradient feeds Typhoon: the labels' or the masked LM's")
-    add("--typhoon-spread", type=below_one, default=0.4, help="lowest rate = (1 - spread) highest")
-    add("--typhoon-ema", type=share, default=0.8, help="weight of the new value in the average")
     add("--teacher", help="for entropy (default: the model before it is adapted, frozen)")
-    add("--entropy-select", choices=["high", "low", "mixed", "sample"], default="high",
-        help="which entropies are masked")
-    add("--entropy-input", choices=["visible", "masked"], default="masked",
-        help="entropy of a token that the model sees, or does not see")
 
     add = parser.add_argument_group("what to keep").add_argument
     add("--json", metavar="FILE",

@@ -9,10 +9,10 @@ With no other argument the corpus is the English that ships with Python, a WordP
 trained on it, and where a teacher is wanted, one is first trained with random masking and kept for
 the next run.
 
-The file reads from the idea outwards: the recipe and one training step (BERT §3.1, with the
-distillation of distill.py and the strategies of masking.py); the loop; the exam that every model
-sits; the teacher and its entropies; then text, tokens and windows; ranks; the run directory; the
-command line. Shapes: B texts, L tokens, H hidden, V vocabulary, N masked tokens, P exam positions.
+In order: the recipe and one training step (BERT §3.1, with the distillation of distill.py and the
+strategies of masking.py); the loop; the exam that every model sits; the teacher and its entropies;
+text, tokens and windows; ranks; the run directory; the command line. Shapes: B texts, L tokens,
+H hidden, V vocabulary, N masked tokens, P exam positions.
 """
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ import glob
 import hashlib
 import importlib.metadata
 import io
-import itertools
 import json
 import math
 import os
@@ -42,7 +41,6 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-import zipfile
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -243,24 +241,23 @@ def pretrain(args: Namespace):
     say(f"{strategy_label(args.masking)} masking, {args.steps:,} steps: preparing text and model")
     trainer, exam, tokenizer, provenance = set_up(args)
     args.out = args.resume or new_directory(args)
-    run = RunDirectory(Path(args.out))
-    state = run.restore(trainer, provenance) if args.resume else {}
+    run = Path(args.out)
+    state = restore(run, trainer, provenance) if args.resume else {}
     settings = vars(args) | {"resume": None, **provenance}
     if rank() == 0:
-        write_atomic(run.path / "train_args.json", json.dumps(settings, indent=1) + "\n")
+        write_atomic(run / "train_args.json", json.dumps(settings, indent=1) + "\n")
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    say(f"{run.path}: {len(trainer.texts):,} windows of {args.seq_len} tokens, {parameters:,} "
+    say(f"{run}: {len(trainer.texts):,} windows of {args.seq_len} tokens, {parameters:,} "
         f"parameters, {args.mask_rate:.0%} of the tokens masked, on {trainer.device}")
     totals, seconds = training_loop(trainer, exam, run, args, state)
-    finish(trainer, exam, tokenizer, run.path, settings, totals, seconds)
+    finish(trainer, exam, tokenizer, run, settings, totals, seconds)
 
 
-def training_loop(trainer: Trainer, exam: Exam, run: RunDirectory, args: Namespace, state: dict):
-    """All steps, with a log, the exam and checkpoints.
+def training_loop(trainer: Trainer, exam: Exam, run: Path, args: Namespace, state: dict):
+    """Takes the steps, with a log, the exam and checkpoints. state: the checkpoint's, {} for a new
+    run. Returns the masked and the maskable tokens (2,) and the seconds of the whole run.
 
-    state: the checkpoint's, {} for a new run. Returns the masked and the maskable tokens (2,) and
-    the seconds, of the whole run. Raises RunError on a loss that is not finite, and Stopped on
-    SIGINT or SIGTERM once everything is saved."""
+    Raises RunError on a loss that is not finite, and Stopped on a signal, with everything saved."""
     first, began = state.get("step", 0), time.perf_counter() - state.get("seconds", 0.0)
     results = state.get("results", [])  # what the steps since the last log line returned
     totals = state.get("totals", torch.zeros(2, dtype=torch.float64))  # up to the last log line
@@ -268,7 +265,7 @@ def training_loop(trainer: Trainer, exam: Exam, run: RunDirectory, args: Namespa
     tokens, device = args.batch_size * args.seq_len, trainer.device  # tokens in a step
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     bar = tqdm(total=args.steps * tokens, initial=first * tokens, unit="tok", unit_scale=True,
-               desc=run.path.name, mininterval=1, disable=rank() > 0)
+               desc=run.name, mininterval=1, disable=rank() > 0)
     trainer.model.train()
     with caught_signals() as signals, bar:
         for index in range(first, args.steps):
@@ -286,17 +283,17 @@ def training_loop(trainer: Trainer, exam: Exam, run: RunDirectory, args: Namespa
                 mean = ((loss * masked).sum() / masked.sum().clamp(min=1)).item()
                 totals = totals + torch.stack([masked.double().sum(), maskable.double().sum()])
                 lr = trainer.optimizer.param_groups[0]["lr"]
-                run.append("log.jsonl", step=step, loss=mean, lr=lr, grad_norm=norm.max().item(),
-                           masked=int(totals[0]))
-                run.append("timing.jsonl", step=step, seconds=seconds, device=device_name,
-                           tokens_per_second=step * tokens / seconds)
+                append_line(run / "log.jsonl", step=step, loss=mean, lr=lr,
+                            grad_norm=norm.max().item(), masked=int(totals[0]))
+                append_line(run / "timing.jsonl", step=step, seconds=seconds, device=device_name,
+                            tokens_per_second=step * tokens / seconds)
                 bar.set_postfix(step=step, loss=f"{mean:.3f}", lr=f"{lr:.1e}")
                 results = []
             if eval_now:
                 answers = exam.take(trainer.model, trainer.recipe.bf16)
-                run.append("log.jsonl", step=step, exam=exam.metrics(answers))
+                append_line(run / "log.jsonl", step=step, exam=exam.metrics(answers))
             if save_now or stop:
-                run.save(trainer, step=step, results=results, totals=totals, seconds=seconds)
+                save(run, trainer, step=step, results=results, totals=totals, seconds=seconds)
             bar.update(tokens)
             if stop:
                 barrier()  # rank 0 has saved
@@ -304,33 +301,28 @@ def training_loop(trainer: Trainer, exam: Exam, run: RunDirectory, args: Namespa
     return totals, time.perf_counter() - began
 
 
-def stop_if_not_finite(results: list[Tensor], step: int, run: RunDirectory):
-    """Raises RunError where one of the results, of which the last is that of `step`, is not finite;
-    steps count from 1."""
+def stop_if_not_finite(results: list[Tensor], step: int, run: Path):
+    """Raises RunError where one of the results is not finite; the last one is that of `step`."""
     for number, result in enumerate(results, start=step - len(results) + 1):
         if not result.isfinite().all():
-            run.append("log.jsonl", step=number, error="the loss or its gradient is not finite")
-            saved = (run.path / "checkpoint.pt").exists()
-            kept = f"The last good checkpoint is kept in {run.path}"
-            raise RunError(f"step {number}: the loss or its gradient is not finite; lower --lr, "
-                           "lengthen --warmup or drop --bf16. "
-                           f"{kept if saved else 'No checkpoint had been saved yet'}")
+            error = "the loss or its gradient is not finite"
+            append_line(run / "log.jsonl", step=number, error=error)
+            raise RunError(f"step {number}: {error}: lower --lr, lengthen --warmup or drop --bf16. "
+                           f"{run} keeps the last good checkpoint, if one was saved")
 
 
 def set_up(args: Namespace) -> tuple[Trainer, Exam, Tokenizer, dict]:
-    """Returns what a run needs before its first step: trainer, held-out exam, tokenizer, and what
-    the run was made from and with (provenance), for train_args.json."""
+    """Returns what a run needs before its first step: trainer, exam, tokenizer, and what it is made
+    from and with (provenance), for train_args.json."""
     device = pick_device(args.device)
     bf16 = use_bf16(device, args.bf16)
     init, teacher, tokenizer, teacher_dir = load_models(args)
     # The corpus is read once, and only where data/cache lacks what is made from it.
     read = functools.cache(lambda: read_corpus(args.corpus, args.corpus_fraction))
-    with rank_zero_first():
-        tokenizer = tokenizer or trained_tokenizer(args, read)
-        # The model comes before the windows: a --student-init that does not fit is refused early.
-        model = build_model(args, tokenizer, init, teacher).to(device)
-        windows = tokenised_windows(args, tokenizer, read)
-    read.cache_clear()
+    tokenizer = tokenizer or trained_tokenizer(args, read)
+    # The model comes before the windows: a --student-init that does not fit is refused early.
+    model = build_model(args, tokenizer, init, teacher).to(device)
+    windows = tokenised_windows(args, tokenizer, read)
     vocab = Vocab(tokenizer, model.config.vocab_size, device)
     texts, held_out = (Texts(torch.from_numpy(windows[part]).to(device), vocab)
                        for part in ("train", "held_out"))
@@ -349,7 +341,7 @@ def set_up(args: Namespace) -> tuple[Trainer, Exam, Tokenizer, dict]:
         model.bert.compile()
         model.head.compile()
     provenance = {"teacher_dir": teacher_dir, "teacher_weights": teacher_weights,
-                  "windows": texts.digest, "ranks": world_size(), "versions": versions()}
+                  "windows": texts.digest(), "ranks": world_size(), "versions": versions()}
     return (Trainer(model, texts, strategy, recipe, teacher), Exam(held_out, texts.token_counts()),
             tokenizer, provenance)
 
@@ -384,8 +376,8 @@ def start_at_frequency(model: BertForMaskedLM, token_counts: Tensor):
 
 def build_strategy(name: str, model: BertForMaskedLM, texts: Texts, args: Namespace,
                    teacher_entropy: Tensor | None = None) -> Strategy:
-    """Returns the strategy `name` for these texts. args: mask_rate, entropy_select, entropy_input,
-    typhoon_spread, typhoon_ema; teacher_entropy (n, L): for a strategy that needs a teacher."""
+    """Returns the strategy `name` for these texts; teacher_entropy (n, L), where it needs one. args
+    holds the options of `add_masking_options`."""
     context = Context(rate=args.mask_rate, model=model, token_counts=texts.token_counts(),
                       continuation=texts.vocab.continuation, mask_token_id=texts.vocab.mask_id,
                       teacher_entropy=teacher_entropy, entropy_select=args.entropy_select,
@@ -401,32 +393,26 @@ def finish(trainer: Trainer, exam: Exam, tokenizer: Tokenizer, path: Path, setti
     baseline = exam.metrics(exam.frequency_alone())
     rows = {"word-piece frequency alone": baseline}
     if trainer.teacher:
-        answers = exam.take(trainer.teacher, trainer.recipe.bf16)
-        rows["the teacher"] = exam.metrics(answers)
+        rows["the teacher"] = exam.metrics(exam.take(trainer.teacher, trainer.recipe.bf16))
     answers = exam.take(trainer.model, trainer.recipe.bf16)
     mine = rows[f"this model ({label})"] = exam.metrics(answers)
     per_window = {name: array.tolist() for name, array in exam.per_window(answers).items()}
     record = {"task": "mlm", "model": str(path), "pattern": None, "seed": settings["seed"],
               "strategy": label + ("-kd" if settings["kd_weight"] else ""), "args": settings,
               "versions": settings["versions"], "last": mine, "baseline": baseline,
-              "dev": per_window, "masked": masked.item(), "seconds": seconds, "weights": None,
+              "dev": per_window, "masked": masked.item(), "seconds": seconds,
               "pretraining": settings}
     if rank() == 0:
-        # model.safetensors marks a run as finished, so it is written last; then it has a digest.
         write_atomic(path / "exam.json", json.dumps(record) + "\n")
-        save_pretrained(trainer.model, tokenizer, path)
-        record["weights"] = weights_digest(path)
-        write_atomic(path / "exam.json", json.dumps(record) + "\n")
+        save_pretrained(trainer.model, tokenizer, path)  # last: its weights mark a finished run
     say(f"\n{path}: {settings['steps']:,} steps, {seconds:.0f} s\n"
         f"masked {masked:.2%} of the ordinary tokens (asked for: {settings['mask_rate']:.2%}), "
         f"{totals[0]:,.0f} guesses in all\n\n{exam_table(rows)}\n\n{entropy_line(answers)}\n"
         "The same exam for every strategy. A strategy's own training loss is no measure: hard "
         "tokens cost more.")
     if not mine["log_likelihood"] >= baseline["log_likelihood"]:  # worse, or NaN
-        say("This model is worse than guessing by frequency alone. Either the training diverged "
-            f"(the loss in {path}/log.jsonl rises: lower --lr or lengthen --warmup), or it was too "
-            "short (raise --steps), or the strategy asks for rare word pieces so often that the "
-            "common ones were not learnt.")
+        say("This model is worse than guessing by frequency alone: its training diverged (lower "
+            "--lr or lengthen --warmup), was too short, or asked for rare word pieces too often.")
     say("\nWhat it fills in:\n" + "\n".join(fill_in(trainer.model, tokenizer, trainer.device)))
 
 
@@ -441,7 +427,7 @@ SENTENCES = ("return the [MASK] of the list.", "the file could not be [MASK].",
 
 def frequency_bands(training_counts: Tensor, held_out_counts: Tensor) -> Tensor:
     """Returns the band of every type, (V,): 0, 1, 2 for the commonest, middle and rarest types that
-    each make up a third of the held-out text. Both counts (V,); the training counts rank the types.
+    each make up a third of the held-out text. The training counts (V,) rank the types.
 
     >>> frequency_bands(torch.tensor([9, 1, 5, 2]), torch.tensor([4, 2, 4, 2])).tolist()
     [0, 2, 1, 2]
@@ -483,8 +469,8 @@ class Exam:
         generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
         indices = torch.arange(len(texts), device=texts.input_ids.device).split(64)
         batches = [texts.batch(index) for index in indices]
-        masks = [random_mask(batch.maskable, EXAM_RATE, generator) for batch in batches]
-        self.questions = list(zip(batches, masks))
+        self.questions = [(batch, random_mask(batch.maskable, EXAM_RATE, generator))
+                          for batch in batches]
         self.tokens = torch.cat([batch.input_ids[mask] for batch, mask in self.questions])  # (P,)
         rows = [batch.index[mask.nonzero()[:, 0]] for batch, mask in self.questions]
         window = torch.cat(rows)  # (P,)
@@ -509,8 +495,8 @@ class Exam:
 
     def frequency_alone(self) -> np.ndarray:
         """Returns the answers, (2, P), of whoever knows nothing but how often each word piece
-        occurs in the training corpus (each count raised by one, so that nothing is impossible)."""
-        counts = (self.token_counts + 1) * self.texts.vocab.ordinary
+        occurs in the training corpus."""
+        counts = (self.token_counts + 1) * self.texts.vocab.ordinary  # nothing is impossible
         loss = -(counts / counts.sum())[self.tokens].log()
         right = self.tokens == self.token_counts.argmax()
         return torch.stack([loss, right]).cpu().double().numpy()
@@ -566,11 +552,10 @@ def fill_in(model: BertForMaskedLM, tokenizer: Tokenizer, device: torch.device) 
 
 def load_models(args: Namespace):
     """Returns --init's model, the teacher, their tokenizer and the teacher's directory or hub name,
-    None for what is not there.
+    None for what is not there. The same id must mean the same word piece to teacher and student.
 
     Where a teacher is wanted and none is given, it is --init's model, or else one that is trained
-    here and now. Its tokenizer is the student's too, for the same id must mean the same word piece.
-    Raises InputError where --teacher, --init and the options do not fit together."""
+    here and now. Raises InputError where --teacher, --init and the options do not fit together."""
     wanted = (find_strategy(args.masking).needs_teacher or args.kd_weight > 0
               or args.student_init != "random")
     teacher_dir = args.teacher or (args.init if wanted else None)
@@ -583,27 +568,22 @@ def load_models(args: Namespace):
     if args.init:
         init, tokenizer = load_pretrained(args.init, "mlm", dropout=args.dropout,
                                           whole=args.init == teacher_dir)
-        check_fits("--init", init, tokenizer, args)
     if teacher_dir:
         teacher, pieces = load_pretrained(teacher_dir, "mlm", whole=True)
-        if args.teacher:
-            check_fits("--teacher", teacher, pieces, args)
         sizes = [model.config.vocab_size for model in (teacher, init or teacher)]
         if init and (sizes[0] != sizes[1] or pieces.get_vocab() != tokenizer.get_vocab()):
             raise InputError(f"the teacher predicts {sizes[0]:,} word pieces, --init {sizes[1]:,}, "
-                             "and they are not the same: choose another of the two")
+                             "and they are not the same")
         tokenizer = pieces
+    given = args.teacher or args.init
+    if given and args.vocab_size not in (None, tokenizer.get_vocab_size()):
+        raise InputError(f"{given} has {tokenizer.get_vocab_size():,} word pieces, not "
+                         f"{args.vocab_size:,}: drop --vocab-size or choose another model")
+    for option, model in (("--init", init), ("--teacher", teacher)):
+        if model and model.config.max_position_embeddings < args.seq_len:
+            raise InputError(f"{option} has {model.config.max_position_embeddings} positions: "
+                             "lower --seq-len")
     return init, teacher, tokenizer, teacher_dir
-
-
-def check_fits(option: str, model: BertForMaskedLM, pieces: Tokenizer, args: Namespace):
-    """Raises InputError where a given model cannot be used with the other options."""
-    size, positions = pieces.get_vocab_size(), model.config.max_position_embeddings
-    if args.vocab_size not in (None, size):
-        raise InputError(f"{option} has {size:,} word pieces, student {args.vocab_size:,}: drop "
-                         f"--vocab-size or choose another {option}")
-    if positions < args.seq_len:
-        raise InputError(f"{option} has {positions} positions: lower --seq-len")
 
 
 def train_teacher(args: Namespace) -> str:
@@ -611,11 +591,9 @@ def train_teacher(args: Namespace) -> str:
     which all later runs share that want the same teacher (--teacher-seed makes another)."""
     teacher = teacher_args(args)
     if not (Path(teacher.out) / "model.safetensors").exists():
-        say(f"No --teacher is given, so one is trained first, with random masking: "
+        say(f"No --teacher is given, so one is trained first and kept in {teacher.out}: "
             f"{teacher.steps:,} steps, {teacher.steps / args.steps:.1f} times this run's own "
-            f"{args.steps:,} (the bar shows the time left). It is kept in {teacher.out}, and later "
-            "runs find it there. --teacher RUN uses another model instead, --teacher-steps N makes "
-            "it shorter.")
+            f"{args.steps:,} (--teacher-steps makes it shorter)")
         pretrain(teacher)
     barrier()  # rank 0 has written the model
     return teacher.out
@@ -669,14 +647,13 @@ def cached_entropies(teacher: BertForMaskedLM, teacher_weights: str, texts: Text
     """Returns `entropy_table`, kept on disk by everything that it depends on."""
     device = texts.input_ids.device
     rate = args.mask_rate if args.entropy_input == "masked" else 0.0
-    key = [teacher_weights, texts.digest, args.entropy_input, rate, bf16, device.type]
+    key = [teacher_weights, texts.digest(), args.entropy_input, rate, bf16, device.type]
 
     def build():
         table = entropy_table(teacher, texts, args.entropy_input, rate, bf16)
         return {"entropy": table.cpu().numpy()}
 
-    with rank_zero_first():
-        return torch.from_numpy(cached("entropy", key, build)["entropy"]).to(device)
+    return torch.from_numpy(cached("entropy", key, build)["entropy"]).to(device)
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -703,8 +680,7 @@ def read_corpus(names: list[str], fraction: float) -> tuple[list[list[str]], lis
     if len(documents) == 1 and not training:  # one long text: cut it by paragraphs
         documents = [[paragraph] for paragraph in documents[0]]
     if len(documents + training) < 2:
-        raise InputError(f"--corpus {' '.join(names)} has fewer than two paragraphs of text: give "
-                         "more")
+        raise InputError(f"--corpus {' '.join(names)} has fewer than two paragraphs of text")
     held_out += documents[::20]
     training += [document for i, document in enumerate(documents) if i % 20]
     random.Random(0).shuffle(training)
@@ -746,9 +722,7 @@ def corpus_files(names: list[str]) -> list[Path]:
                 unpack(download(url, Path("data") / Path(url).name, sha256), Path("data"))
         elif Path(name).is_dir():
             found = sorted(path for path in Path(name).rglob("*") if path.suffix in SUFFIXES)
-        elif Path(name).is_file():
-            found = [Path(name)]
-        else:
+        else:  # a file's name is a glob too
             found = sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
             raise InputError(f"--corpus {name}: no such file, folder with {', '.join(SUFFIXES)} "
@@ -768,7 +742,10 @@ def corpus_state(names: list[str]) -> list:
 def read_documents(path: Path) -> list[list[str]]:
     """Returns the documents of a file: a paragraph a line, a blank line between documents. In a
     .jsonl file each line's `text` is a document; in WikiText's .raw files a title begins one."""
-    text = read_text(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error.reason}): convert it first") from None
     if path.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), start=1)
         parts = [json_text(path, i, line) for i, line in lines if line.strip()]
@@ -790,29 +767,14 @@ def json_text(path: Path, i: int, line: str) -> str:
     raise InputError(f"{path}, line {i}: no JSON object with a \"text\": correct that line")
 
 
-def read_text(path: Path) -> str:
-    """Returns a UTF-8 file's text, with or without a byte-order mark, with any line ends. Raises
-    InputError on what is not text."""
-    try:  # not "utf-8-sig", whose errors count bytes from behind the mark
-        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte offset {error.start}): convert it "
-                         "first") from None
-    if "\0" in text:
-        raise InputError(f"{path} is binary (it holds a zero byte): give plain UTF-8 text")
-    return text
-
-
 def download(url: str, path: Path, sha256: str) -> Path:
     """Sees to it that the file at `url` is at `path`, and returns path. The file appears there only
-    when its sha256 is right; one that is there already is checked too. Raises InputError, saying
-    which file to put where."""
+    when its sha256 is right; one that is there already is checked too. Raises InputError."""
     if path.exists():
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
-            raise InputError(f"{path} has sha256 {found[:12]}..., expected {sha256[:12]}...: "
-                             f"delete it, or put the right file from {url} there")
+            raise InputError(f"{path} is not the file of {url} (sha256 {found[:12]}...): delete it")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -872,9 +834,8 @@ class Texts:
             types = None if types is None else types[:, :longest]
         return Batch(ids, self.vocab.ordinary[ids], index, attention_mask, types)
 
-    @functools.cached_property
     def digest(self) -> str:
-        """sha256 of the token ids, which tells these texts from others."""
+        """Returns the sha256 of the token ids, which tells these texts from others."""
         return hashlib.sha256(self.input_ids.cpu().numpy().tobytes()).hexdigest()
 
     def token_counts(self) -> Tensor:
@@ -890,9 +851,7 @@ def trained_tokenizer(args: Namespace, read) -> Tokenizer:
     key = [corpus_state(args.corpus), args.corpus_fraction, size]
 
     def build():
-        tokenizer = train_tokenizer(read()[0], size)
-        tokenised_windows(args, tokenizer, read)  # a corpus that is too short leaves nothing behind
-        return {"tokenizer": np.array(tokenizer.to_str())}
+        return {"tokenizer": np.array(train_tokenizer(read()[0], size).to_str())}
 
     return Tokenizer.from_str(str(cached("vocabulary", key, build)["tokenizer"]))
 
@@ -924,14 +883,12 @@ def tokenised_windows(args: Namespace, tokenizer: Tokenizer, read) -> dict[str, 
     key = [corpus_state(args.corpus), args.corpus_fraction, args.seq_len, tokenizer_digest]
 
     def build():
-        """Returns the windows. Raises InputError where one of the two parts has none."""
         training, held_out = read()
         windows = {"train": pack(training, tokenizer, args.seq_len, "the corpus"),
                    "held_out": pack(held_out, tokenizer, args.seq_len, "the held-out text")[:1000]}
         if not all(len(part) for part in windows.values()):
             raise InputError(f"--corpus {' '.join(args.corpus)} is too short for one window of "
-                             f"{args.seq_len} tokens, or its held-out twentieth is: give more text "
-                             "or a smaller --seq-len")
+                             f"{args.seq_len} tokens, or its held-out twentieth is")
         return windows
 
     return cached("windows", key, build)
@@ -957,17 +914,21 @@ def cached(kind: str, key: object, build) -> dict[str, np.ndarray]:
     """Returns `build()`, a dict of arrays, kept under data/cache by what it was made from. A
     damaged file is built again; of two processes that build the same file, either may win."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = CACHE / f"{kind}-{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        log.warning("%s is damaged: building it again", path)
-    buffer, arrays = io.BytesIO(), build()
-    np.savez(buffer, **arrays)
-    write_atomic(path, buffer.getvalue())
+    path, arrays = CACHE / f"{kind}-{name}.npz", None
+    if rank() > 0:
+        barrier()  # rank 0 goes first; the others find its file
+    if path.exists():
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+        except Exception:  # a damaged file can raise nearly anything
+            log.warning("%s is damaged: building it again", path)
+    if arrays is None:
+        buffer, arrays = io.BytesIO(), build()
+        np.savez(buffer, **arrays)
+        write_atomic(path, buffer.getvalue())
+    if rank() == 0:
+        barrier()
     return arrays
 
 
@@ -993,16 +954,6 @@ def barrier():
     """Waits until every rank is here."""
     if world_size() > 1:
         dist.barrier()
-
-
-@contextlib.contextmanager
-def rank_zero_first():
-    """Rank 0 goes through the block first and makes caches; the others find them there."""
-    if rank() > 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
 
 
 @contextlib.contextmanager
@@ -1036,102 +987,87 @@ def progress(items, what: str) -> tqdm:
 def pick_device(name: str) -> torch.device:
     """Returns the device of that name; auto is a GPU or another accelerator, or else the CPU. Under
     torchrun each rank has a GPU of its own. Raises InputError where there is none."""
-    try:
-        device = torch.device("cpu" if name == "auto" else name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}: auto, cpu, cuda, cuda:N or mps") from None
     if name == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or device
-    if device.type == "cuda" and world_size() > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
+        device = torch.device(name)
+        if device.type == "cuda" and world_size() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # not there, or PyTorch was built without it
-        raise InputError(f"--device {name}: this machine has none that PyTorch can use ({error}); "
-                         "try --device auto") from None
+        raise InputError(f"--device {name} cannot be used here ({error}): choose auto, cpu, cuda, "
+                         "cuda:N or mps") from None
     return device
 
 
 def use_bf16(device: torch.device, asked: bool | None) -> bool:
-    """Returns what the user asked for, and without a word True on a GPU that has bfloat16."""
+    """Returns what was asked for; by default (None), whether this is a GPU that has bfloat16."""
     has_it = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return has_it if asked is None else asked
 
 
 # --- the run directory, signals -------------------------------------------------------------------
 
-class RunDirectory:
-    """log.jsonl, timing.jsonl and checkpoint.pt. A checkpoint remembers how long the other two
-    were; resuming cuts them back to there. log.jsonl holds no times, so that a resumed run's is
-    the same to the byte."""
+# A checkpoint holds log.jsonl and timing.jsonl as they were; resuming puts them back. log.jsonl has
+# no times, so that a resumed run's is the same to the byte.
 
-    def __init__(self, path: Path):
-        self.path, self.checkpoint_path = path, path / "checkpoint.pt"
-        self.logs = [path / "log.jsonl", path / "timing.jsonl"]
+def append_line(path: Path, **fields):
+    """Appends a line to one of the logs."""
+    if rank() == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
 
-    def append(self, name: str, **fields):
-        """Appends a line to one of the logs."""
-        if rank() == 0:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(fields) + "\n")
 
-    def save(self, trainer: Trainer, **state):
-        """Writes checkpoint.pt, whole or not at all: the trainer's state, `state`, and the logs'
-        lengths in bytes."""
-        if rank() > 0:
-            return
-        lengths = {}
-        for path in self.logs:
-            with open(path, "a", encoding="utf-8") as file:
-                os.fsync(file.fileno())  # the lines must be on the disk before what counts them
-                lengths[path.name] = file.tell()
+def save(run: Path, trainer: Trainer, **state):
+    """Writes checkpoint.pt, whole or not at all: the trainer's state, `state` and the logs."""
+    if rank() == 0:
+        logs = {path.name: path.read_text() for path in run.glob("*.jsonl")}
         buffer = io.BytesIO()
-        torch.save({**trainer.state_dict(), **state, "lengths": lengths}, buffer)
-        write_atomic(self.checkpoint_path, buffer.getvalue())
+        torch.save({**trainer.state_dict(), **state, "logs": logs}, buffer)
+        write_atomic(run / "checkpoint.pt", buffer.getvalue())
 
-    def restore(self, trainer: Trainer, provenance: dict) -> dict:
-        """Loads the checkpoint, if there is one yet, and cuts the logs back. Returns what `save`
-        got. Raises InputError on a damaged one, and where windows or teacher have changed."""
-        stored, state = read_json(self.path / "train_args.json"), {}
-        for name, what in (("windows", "the corpus or its vocabulary"),
-                           ("teacher_weights", "the teacher")):
-            if stored.get(name) != provenance[name]:
-                raise InputError(f"{self.path}: {what} is not the one that this run was started "
-                                 "with: bring it back, or delete that folder and start a new run")
-        if self.checkpoint_path.exists():
-            try:
-                state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-                trainer.load_state_dict(state)
-            except Exception as error:  # a damaged file can raise nearly anything
-                raise InputError(f"{self.checkpoint_path} is damaged ({type(error).__name__}): "
-                                 "delete it, and --resume starts from the first step") from None
-        for path in self.logs:
-            if path.exists() and rank() == 0:
-                os.truncate(path, state.get("lengths", {}).get(path.name, 0))
-        return state
+
+def restore(run: Path, trainer: Trainer, provenance: dict) -> dict:
+    """Loads the checkpoint, if there is one yet, and the logs in it. Returns what `save` got.
+    Raises InputError on a damaged one, and where windows or teacher have changed."""
+    stored, state, path = read_json(run / "train_args.json"), {}, run / "checkpoint.pt"
+    for name, what in (("windows", "the corpus or its vocabulary"),
+                       ("teacher_weights", "the teacher")):
+        if stored.get(name) != provenance[name]:
+            raise InputError(f"{run}: {what} is not the one that it was started with")
+    if path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            trainer.load_state_dict(state)
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise InputError(f"{path} is damaged ({type(error).__name__}): delete it, and --resume "
+                             "starts from the first step") from None
+    if rank() == 0:
+        for log_file in run.glob("*.jsonl"):
+            log_file.write_text(state.get("logs", {}).get(log_file.name, ""))
+    return state
 
 
 def new_directory(args: Namespace) -> str:
     """Makes and returns --out, or else the first free of runs/entropy, runs/entropy_2, ..."""
-    found = [args.out]
-    if not args.out and rank() == 0:
-        stem = "runs/" + strategy_label(args.masking) + ("-kd" if args.kd_weight else "")
-        for name in itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2))):
-            with contextlib.suppress(FileExistsError):
-                Path(name).mkdir(parents=True)  # of two runs that begin at once, one gets it
-                found = [name]
-                break
+    stem = "runs/" + strategy_label(args.masking) + ("-kd" if args.kd_weight else "")
+    chosen, i = [args.out], 0
+    while rank() == 0 and not chosen[0]:
+        i += 1
+        name = stem if i == 1 else f"{stem}_{i}"
+        with contextlib.suppress(FileExistsError):
+            Path(name).mkdir(parents=True)  # of two runs that begin at once, one gets it
+            chosen = [name]
     if world_size() > 1:
-        dist.broadcast_object_list(found)  # rank 0 chose
-    return found[0]
+        dist.broadcast_object_list(chosen)  # the ranks take what rank 0 chose
+    return chosen[0]
 
 
 def versions() -> dict[str, str | None]:
     """Returns the versions of Python and the packages, and this code's commit if git can tell."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tokenizers")}
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], ""
+    with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {"python": platform.python_version(), **packages, "commit": commit or None}
 
@@ -1146,8 +1082,7 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Collects SIGINT and SIGTERM in the list that it gives, so that the step under way can be
-    finished and saved."""
+    """Collects SIGINT and SIGTERM in a list, so that the step under way is finished and saved."""
     received = []
     before = {number: signal.signal(number, lambda number, _: received.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1173,6 +1108,23 @@ def agreed_signal(received: list[int], step: int, device: torch.device) -> int:
 
 # --- the command line -----------------------------------------------------------------------------
 
+def add_masking_options(add, corruption: list[float], entropy_select: str | None = None):
+    """Adds the options that glue.py has too, there with other defaults; add: add_argument."""
+    fraction = number(float, low=0, high=1)
+    add("--mask-rate", type=number(float, above=0, below=1), default=0.3,
+        help="the budget: the share of the tokens that is masked")
+    add("--corruption", type=fraction, nargs=3, default=corruption,
+        metavar=("MASK", "SWAP", "KEEP"),
+        help="shares of the chosen tokens that become [MASK], become a random token, stay")
+    add("--entropy-select", choices=["high", "low", "mixed", "sample"], default=entropy_select,
+        help="which entropies are masked; train.py: mixed for entropy and rarity, else high")
+    add("--entropy-input", choices=["visible", "masked"], default="masked",
+        help="entropy of a token that the model sees, or of one that is hidden from it")
+    add("--typhoon-spread", type=number(float, low=0, below=1), default=0.4,
+        help="the lowest rate is 1 - spread times the highest")
+    add("--typhoon-ema", type=fraction, default=0.8, help="moving average: weight of a new value")
+
+
 def make_parser() -> Parser:
     """Returns every option of the command line, with its default."""
     parser = Parser(description="Pretrain a masked language model.")
@@ -1182,20 +1134,9 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("masking").add_argument
     add("--masking", default="random", type=strategy_name, metavar="STRATEGY",
         help=f"{', '.join(STRATEGIES)}, or FILE.py:CLASS of your own")
-    add("--mask-rate", type=number(float, above=0, below=1), default=0.3, help="the budget")
-    add("--corruption", type=fraction, nargs=3, default=[0.8, 0.1, 0.1],
-        metavar=("MASK", "SWAP", "KEEP"),
-        help="shares of the chosen tokens that become [MASK], become a random token, stay")
+    add_masking_options(add, corruption=[0.8, 0.1, 0.1])
     add("--strategy-start", type=fraction, default=0.0,
         help="random masks for this fraction of the steps, then the strategy's")
-    add("--entropy-select", choices=["high", "low", "mixed", "sample"],
-        help="which entropies are masked (default: mixed for entropy and rarity, high for "
-             "self-entropy)")
-    add("--entropy-input", choices=["visible", "masked"], default="masked",
-        help="entropy of a token that the model sees, or of one that is hidden from it")
-    add("--typhoon-spread", type=number(float, low=0, below=1), default=0.4,
-        help="the lowest rate is 1 - spread times the highest")
-    add("--typhoon-ema", type=fraction, default=0.8, help="moving average: weight of a new value")
 
     add = parser.add_argument_group("distillation and the teacher").add_argument
     add("--teacher", metavar="MODEL", help="default, where one is needed: trained first, and kept")
@@ -1215,7 +1156,8 @@ def make_parser() -> Parser:
     add("--corpus-fraction", type=number(float, above=0, high=1), default=1.0,
         help="train on this share of the documents")
     add("--vocab-size", type=number(int, low=100), help="default: 8192, or the teacher's")
-    add("--seq-len", type=number(int, low=3), default=128, help="tokens a window, [CLS] included")
+    add("--seq-len", type=number(int, low=3, high=BertConfig.max_position_embeddings), default=128,
+        help="tokens a window, [CLS] included")
 
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=list(PRESETS), default="tiny", help="size of a fresh model")
@@ -1255,12 +1197,16 @@ def parse_args(argv=None) -> Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume:
-        stored = stored_args(Path(args.resume))
-        args = parser.parse_args(argv, Namespace(**vars(stored)))  # the given over the stored
-        for key in sorted(set(vars(args)) - MAY_CHANGE):
-            given, before = getattr(args, key), getattr(stored, key)
-            if given != before:
-                raise InputError(f"--{key.replace('_', '-')} is {given}, but {args.resume} was "
+        found = read_json(Path(args.resume) / "train_args.json")
+        ranks = found.get("ranks")
+        if ranks not in (None, world_size()):  # each rank draws masks of its own
+            raise InputError(f"{args.resume} was started with {ranks} ranks, not {world_size()}")
+        stored = {name: found[name] for name in vars(args) if name in found}
+        args = parser.parse_args(argv, Namespace(**stored))  # the given over the stored
+        for name, before in stored.items():
+            given = getattr(args, name)
+            if given != before and name not in MAY_CHANGE:
+                raise InputError(f"--{name.replace('_', '-')} is {given}, but {args.resume} was "
                                  f"started with {before}: drop it, or start a new run from its "
                                  f"weights: --init {args.resume}")
         args.out = args.resume
@@ -1268,40 +1214,10 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 
-def stored_args(run: Path) -> Namespace:
-    """Returns the arguments in a run's train_args.json. They go through the parser as a command
-    line, which checks a damaged file as it checks a user. Raises InputError."""
-    path = run / "train_args.json"
-    if not path.exists():
-        raise InputError(f"--resume {run}: no train_args.json there, so it is no run of train.py")
-    stored, parser, options = read_json(path), make_parser(), []
-    if stored.get("ranks", world_size()) != world_size():
-        raise InputError(f"--resume {run}: it was started with {stored['ranks']} ranks, here are "
-                         f"{world_size()}: each rank draws masks of its own, so use as many")
-    for key in vars(parser.parse_args([])):
-        value, name = stored.get(key), key.replace("_", "-")
-        if isinstance(value, bool):
-            options.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            options += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            options.append(f"--{name}={value}")
-
-    def refuse(message):
-        raise InputError(f"{path}: {message}: copy it again, or start a new run")
-
-    parser.error = refuse
-    return parser.parse_args(options)
-
-
 def check_together(args: Namespace):
     """Raises InputError where the arguments do not fit one another, or this machine."""
     if abs(sum(args.corruption) - 1) > 1e-6:
-        raise InputError(f"--corruption {' '.join(map(str, args.corruption))}: three shares that "
-                         "sum to 1, such as 0.8 0.1 0.1")
-    positions = BertConfig.max_position_embeddings
-    if not args.init and args.seq_len > positions:
-        raise InputError(f"--seq-len {args.seq_len}: a fresh model has {positions} positions")
+        raise InputError("--corruption wants three shares that sum to 1, such as 0.8 0.1 0.1")
     if args.batch_size % (world_size() * args.accumulate):
         raise InputError(f"--batch-size {args.batch_size} cannot be shared by {world_size()} ranks "
                          f"× {args.accumulate} micro-batches")
@@ -1309,11 +1225,8 @@ def check_together(args: Namespace):
         corpus_files(args.corpus)
     if args.out and not args.resume:
         out = Path(args.out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"--out {out} holds something already: choose another, or --resume "
-                             f"{out}")
-        if not can_write(out / "log.jsonl"):
-            raise InputError(f"--out {out}: no folder can be made or written there")
+        if not can_write(out / "log.jsonl") or (out.exists() and any(out.iterdir())):
+            raise InputError(f"--out {out} must be a new or an empty folder, or --resume {out}")
     pick_device(args.device)
 
 

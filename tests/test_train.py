@@ -489,7 +489,6 @@ def test_a_run_leaves_its_exam_its_provenance_and_its_times(corpus, tmp_path, mo
     assert record["pattern"] is None
     assert record["model"] == "runs/entropy-kd"
     assert record["args"] == record["pretraining"] == settings
-    assert record["weights"] == weights_digest("runs/entropy-kd")
     assert settings["teacher_weights"] == weights_digest(settings["teacher_dir"])
     assert settings["ranks"] == 1 and 0.29 < record["masked"] < 0.31
     assert record["last"].keys() == record["baseline"].keys() == {
@@ -686,17 +685,17 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(masking, extra, corpu
 def test_resuming_cuts_both_logs_back_to_the_checkpoint(model, tmp_path):
     made_from = {"windows": "a", "teacher_weights": None}
     (tmp_path / "train_args.json").write_text(json.dumps(made_from))
-    run, one = train.RunDirectory(tmp_path), trainer(model, numbered_texts())
+    one = trainer(model, numbered_texts())
     for step in (1, 2):
         for name in ("log.jsonl", "timing.jsonl"):
-            run.append(name, step=step)
+            train.append_line(tmp_path / name, step=step)
         if step == 1:
-            run.save(one, step=step)
-    assert run.restore(one, made_from)["step"] == 1
+            train.save(tmp_path, one, step=step)
+    assert train.restore(tmp_path, one, made_from)["step"] == 1
     for name in ("log.jsonl", "timing.jsonl"):
         assert (tmp_path / name).read_text() == '{"step": 1}\n'
     with pytest.raises(InputError, match="the teacher is not the one"):
-        run.restore(one, made_from | {"teacher_weights": "another"})
+        train.restore(tmp_path, one, made_from | {"teacher_weights": "another"})
 
 
 def test_the_command_that_goes_on_is_said_last(corpus, tmp_path, monkeypatch):
@@ -791,10 +790,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(train.RunError, match="step 10: .* last good checkpoint is kept in run"):
+    with pytest.raises(train.RunError, match="step 10: .* run keeps the last good checkpoint"):
         train.main(["--corpus", str(corpus), *SMALL, "--out", "run"])
-    with pytest.raises(train.RunError, match="step 10: .* No checkpoint had been saved yet"):
-        train.main(["--corpus", str(corpus), *SMALL, "--save-every", "99", "--out", "other"])
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 8
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert last == {"step": 10, "error": "the loss or its gradient is not finite"}
