@@ -307,8 +307,11 @@ def stop_if_not_finite(results: list[Tensor], step: int, run: Path):
         if not result.isfinite().all():
             error = "the loss or its gradient is not finite"
             append_line(run / "log.jsonl", step=number, error=error)
+            kept = "No checkpoint had been saved yet"
+            if (run / "checkpoint.pt").exists():
+                kept = f"The last good checkpoint is kept in {run}"
             raise RunError(f"step {number}: {error}: lower --lr, lengthen --warmup or drop --bf16. "
-                           f"{run} keeps the last good checkpoint, if one was saved")
+                           f"{kept}")
 
 
 def set_up(args: Namespace) -> tuple[Trainer, Exam, Tokenizer, dict]:
@@ -722,7 +725,9 @@ def corpus_files(names: list[str]) -> list[Path]:
                 unpack(download(url, Path("data") / Path(url).name, sha256), Path("data"))
         elif Path(name).is_dir():
             found = sorted(path for path in Path(name).rglob("*") if path.suffix in SUFFIXES)
-        else:  # a file's name is a glob too
+        elif Path(name).is_file():  # before globs: a file's name may hold brackets
+            found = [Path(name)]
+        else:
             found = sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
             raise InputError(f"--corpus {name}: no such file, folder with {', '.join(SUFFIXES)} "
@@ -746,6 +751,8 @@ def read_documents(path: Path) -> list[list[str]]:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error.reason}): convert it first") from None
+    if "\0" in text:
+        raise InputError(f"{path} is binary (it holds a zero byte): give plain UTF-8 text")
     if path.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), start=1)
         parts = [json_text(path, i, line) for i, line in lines if line.strip()]

@@ -76,7 +76,7 @@ DAMAGE = {  # name of a model directory -> what is done to it
                          (d / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'ls'\ntR."))}
 TEXTS = {
     "text.txt": b"the cat sat on the mat .\n\n" * 200, "empty.txt": b"", "blank.txt": b"\n \n\n", "short.txt": b"one\n\ntwo",
-    "latin.txt": "the cat\n\ncafé".encode("latin-1"), "marked.txt": b"\xef\xbb\xbfcat \xff",
+    "binary.txt": b"text\0text", "latin.txt": "the cat\n\ncafé".encode("latin-1"), "marked.txt": b"\xef\xbb\xbfcat \xff",
     "utf16.txt": "the cat\n\nsat".encode("utf-16"), "full/file": b"x",
     "bad.jsonl": b'{"text": "the cat"}\nthe dog\n', "textless.jsonl": b'{"body": "the cat"}\n'}
 COLUMNS = {  # folder of data -> the lines of its SST-2/train.tsv and dev.tsv
@@ -201,6 +201,7 @@ CASES = {
         ("--corpus bad.jsonl", 'bad.jsonl, line 2: no JSON object with a "text"'),
         ("--corpus textless.jsonl", 'textless.jsonl, line 1: no JSON object with a "text"'),
         ("--corpus utf16.txt", "utf16.txt is not UTF-8"),
+        ("--corpus binary.txt", "binary.txt is binary (it holds a zero byte): give plain UTF-8"),
         ("--corpus latin.txt", "latin.txt is not UTF-8"),
         ("--corpus marked.txt", "marked.txt is not UTF-8"),
         ("--corpus wikitext-2",

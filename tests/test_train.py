@@ -790,8 +790,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(train.RunError, match="step 10: .* run keeps the last good checkpoint"):
+    with pytest.raises(train.RunError, match="step 10: .* last good checkpoint is kept in run"):
         train.main(["--corpus", str(corpus), *SMALL, "--out", "run"])
+    with pytest.raises(train.RunError, match="step 10: .* No checkpoint had been saved yet"):
+        train.main(["--corpus", str(corpus), *SMALL, "--save-every", "99", "--out", "other"])
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 8
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert last == {"step": 10, "error": "the loss or its gradient is not finite"}
