@@ -1075,7 +1075,7 @@ CELL = ["--tasks", "cola", "--models", "m", "--strategies", "random"]
     (["sweep", *CELL, "--arm", "x"], "--arm: 'x' is not NAME='OPTIONS'"),
     (["sweep", "--preset", "entropy", "--arm", "x='", "--pretrain"], "No closing quotation"),
     (["sweep", "--preset", "entropy", "--arm", "x=--seed 3", "--pretrain"], "--seed is set by"),
-    (["sweep", "--preset", "entropy", "--strategies", "no.py:X", "--pretrain"], "no.py:X"),
+    (["sweep", "--preset", "entropy", "--strategies", "no.py:X", "--pretrain"], "no.py cannot be imported"),
     (["sweep", *CELL, "--models", "runs/{masking}", "--strategies", "a b"], "--strategies a b"),
     (["sweep", *CELL, "--", "--epochs", "0"], "the options for glue.py: argument --epochs: 0 is"),
     (["sweep", *CELL, "--", "--corruption", "1", "1", "0"], "for glue.py: --corruption [1.0, 1.0"),
