@@ -54,5 +54,17 @@ def test_the_readmes_report_is_that_of_its_runs(tmp_path):
     assert verdict in " ".join(README.split())
 
 
+@pytest.mark.parametrize("preset", ["tiny", "mini"])
+def test_the_readmes_worth_of_the_start_is_that_of_its_runs(preset, tmp_path):
+    shutil.copytree(RESULTS / f"start-{preset}", tmp_path / "runs")
+    report = stats.write_report(tmp_path / "runs")
+    row, = re.findall(rf"\| {preset}, [\d,]+ \| (.*) \|", README)
+    local, plain, difference, likelihood, plain_likelihood = row.split(" | ")
+    assert re.search(rf"\| random \| 3 \| {local} \|.* \| {likelihood} \|", report)
+    assert re.search(rf"\| plain \| 3 \| {plain} \|.* \| {plain_likelihood} \|", report)
+    mean, interval = difference.split(" ", 1)
+    assert f"| {mean} | {interval} |" in report.replace("+", "")
+
+
 def test_the_readme_can_be_read_in_one_sitting():
     assert README.count("\n") <= 300
