@@ -39,6 +39,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
     return alpha * temperature ** 2 * kl + (1 - alpha) * cross_entropy
 
 
+@torch.no_grad()
 def init_student(student: nn.Module, teacher: nn.Module, how: str):
     """Copies a teacher's weights into a student of the same width, in place (DistilBERT §3).
 

@@ -631,8 +631,8 @@ def read_rows(path: Path, columns=(), header=(), skip_short=False) -> Iterator[t
             if column not in names:
                 raise InputError(f"{path}, line 1: the header lacks {column!r}, it is "
                                  f"{' | '.join(names)[:200]!r}: copy or download the official file")
-        for number, line in enumerate(file, 1 if header else 2):
-            place, fields = f"{path}, line {number}", line.rstrip("\n").split("\t")
+        for i, line in enumerate(file, 1 if header else 2):
+            place, fields = f"{path}, line {i}", line.rstrip("\n").split("\t")
             if line == "\n":
                 continue
             if skip_short and len(fields) < len(names):

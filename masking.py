@@ -608,9 +608,9 @@ def demo_lines(pieces: list[str], columns: dict[str, list], colour: bool) -> lis
     lines = [" " * width + "".join(f"{name:<15}" for name in columns)]
     for piece, *row in zip(pieces, *columns.values()):
         line = f"{piece:<{width}}"
-        for masked, number, heat in row:
-            cell = f" {'[MASK]' if masked else '  .   '} {number:>6} "
-            if colour and number:  # white on one of six steps from black to red
+        for masked, score, heat in row:
+            cell = f" {'[MASK]' if masked else '  .   '} {score:>6} "
+            if colour and score:  # white on one of six steps from black to red
                 cell = f"\x1b[48;5;{16 + 36 * int(5 * heat)}m\x1b[97m{cell}\x1b[0m"
             line += f"\x1b[1m{cell}\x1b[0m" if colour and masked else cell
         lines.append(line)
@@ -640,10 +640,10 @@ def demo_svg(pieces: list[str], columns: dict[str, list]) -> str:
         drawn.append(text(12, high * row + 17, "piece", html.escape(piece)))
     for x, (name, column) in zip(itertools.count(left, wide), columns.items()):
         drawn.append(text(x, 17, "bold", html.escape(name)))
-        for y, (masked, number, heat) in zip(itertools.count(high, high), column):
-            if number:
+        for y, (masked, score, heat) in zip(itertools.count(high, high), column):
+            if score:
                 drawn.append(box(x, y + 1, "heat", 0.08 + 0.72 * heat))
-                drawn.append(text(x + wide - 12, y + 17, "number", number))
+                drawn.append(text(x + wide - 12, y + 17, "number", score))
             if masked:
                 drawn.append(box(x, y + 1, "masked", 0))
                 drawn.append(text(x + 6, y + 17, "bold", "[MASK]"))

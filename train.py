@@ -303,14 +303,14 @@ def training_loop(trainer: Trainer, exam: Exam, run: Path, args: Namespace, stat
 
 def stop_if_not_finite(results: list[Tensor], step: int, run: Path):
     """Raises RunError where one of the results is not finite; the last one is that of `step`."""
-    for number, result in enumerate(results, start=step - len(results) + 1):
+    for failed, result in enumerate(results, start=step - len(results) + 1):
         if not result.isfinite().all():
             error = "the loss or its gradient is not finite"
-            append_line(run / "log.jsonl", step=number, error=error)
+            append_line(run / "log.jsonl", step=failed, error=error)
             kept = "No checkpoint had been saved yet"
             if (run / "checkpoint.pt").exists():
                 kept = f"The last good checkpoint is kept in {run}"
-            raise RunError(f"step {number}: {error}: lower --lr, lengthen --warmup or drop --bf16. "
+            raise RunError(f"step {failed}: {error}: lower --lr, lengthen --warmup or drop --bf16. "
                            f"{kept}")
 
 
@@ -1091,13 +1091,13 @@ class Stopped(SystemExit):
 def caught_signals():
     """Collects SIGINT and SIGTERM in a list, so that the step under way is finished and saved."""
     received = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {caught: signal.signal(caught, lambda caught, _: received.append(caught))
+              for caught in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
 
 def agreed_signal(received: list[int], step: int, device: torch.device) -> int:

@@ -533,7 +533,7 @@ def test_the_run_file_says_where_the_weights_come_from(arguments, model_dir, tok
 def test_bf16_is_asked_for_and_heard_on_a_cpu(arguments, monkeypatch):
     """In fine-tuning, in the probe of Typhoon's task loss, in predicting and in adapting."""
     seen = {"logits": set(), "predict": set(), "recipe": set()}
-    loss, classify, step = glue.task_loss, glue.F.linear, glue.Trainer.step
+    loss, step = glue.task_loss, glue.Trainer.step
     forward = BertForSequenceClassification.forward
 
     def spy(self, *inputs, **named):

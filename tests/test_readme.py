@@ -54,6 +54,15 @@ def test_the_readmes_report_is_that_of_its_runs(tmp_path):
     assert verdict in " ".join(README.split())
 
 
+@pytest.mark.parametrize("against, better, worse", [
+    ("rarity", "entropy", "rarity"), ("random-kd", "random-kd", "entropy-kd")])
+def test_the_readmes_two_other_comparisons_are_those_of_its_runs(against, better, worse, tmp_path):
+    shutil.copytree(RESULTS / "strategies", tmp_path / "strategies")
+    report = stats.write_report(tmp_path / "strategies", against=against)
+    claim, = re.findall(rf"{better} beats {worse} (by [^;.]*\.[^;.]*\.[^;.]*\.\d+\])", report)
+    assert claim.removeprefix("by ") in " ".join(README.split())
+
+
 @pytest.mark.parametrize("preset", ["tiny", "mini"])
 def test_the_readmes_worth_of_the_start_is_that_of_its_runs(preset, tmp_path):
     shutil.copytree(RESULTS / f"start-{preset}", tmp_path / "runs")
