@@ -302,6 +302,7 @@ def means_over_tasks(rows: list[Row]) -> list[Row]:
             complete = all(sample is not None for sample in drawn)
             means.append(Row(f"mean of {tasks} tasks", model, strategy, seed,
                              score=sum(row.score for row in found) / tasks,
+                             metrics={row.task: row.score for row in found},
                              masked=mean_sd([row.masked for row in found])[0],
                              resampled=np.mean(drawn, axis=0) if complete else None))
     return sorted(means, key=by_order)
@@ -480,20 +481,24 @@ def analyse(folder: Path, *, epoch: str = "last", effect: float | None = None,
                          f"{', '.join(grouped(rows, 'strategy'))}")
     if epoch == "last":  # the predictions kept are those of the last epoch
         notes += resample(rows, metric, resamples)
-    cells = []
-    table = rows if against else rows + means_over_tasks(rows)
-    for (task, model, strategy), group in grouped(table, "task", "model", "strategy").items():
+    cells, means = [], means_over_tasks(rows)
+    every = rows + means
+    for (task, model, strategy), group in grouped(every, "task", "model", "strategy").items():
         columns = {name: [row.metrics[name] for row in group] for name in group[0].metrics}
         columns["score"] = [row.score for row in group]
         cells.append({"task": task, "model": model, "strategy": strategy,
                       "seeds": [row.seed for row in group],
                       "metrics": {name: mean_sd(values) for name, values in columns.items()}})
-    pairs = compare_all(table, notes, against)
+    pairs = compare_all(rows if against else every, notes, against)
     for pair in pairs if effect else ():
         pair["seeds_needed"] = seeds_needed(pair["sd"], effect)
     constants = {row.task: row.run["baseline"] for row in rows if row.run["baseline"]}
     constants = {task: values | {"score": score(task, values, metric)}
                  for task, values in constants.items()}
+    for row in means:
+        if row.metrics.keys() <= constants.keys():
+            floors = {task: constants[task]["score"] for task in row.metrics}
+            constants[row.task] = floors | {"score": score(row.task, floors, None)}
     return {"runs": len(rows), "epoch": epoch, "effect": effect, "metric": metric,
             "against": against, "verdict": verdict(pairs), "notes": notes, "cells": cells,
             "pairs": pairs, "constants": constants}

@@ -641,6 +641,20 @@ def test_the_mean_over_tasks_takes_the_seeds_that_ran_them_all(tmp_path):
     assert cell["metrics"]["score"][0] == pytest.approx((0.3 + 0.5) / 2)
 
 
+def test_the_table_of_the_mean_has_a_column_for_each_task(tmp_path):
+    for seed, rte in enumerate((0.5, 0.7)):
+        write_run(tmp_path, "random", seed, 0.1, baseline={"matthews": 0.0})
+        write_run(tmp_path, "random", seed, 0, task="rte", last={"accuracy": rte},
+                  baseline={"accuracy": 0.53})
+    for against in (None, "random"):
+        assert '''
+| strategy | n | cola | rte | score |
+| --- | --- | --- | --- | --- |
+| random | 2 | 0.1000 ± 0.0000 | 0.6000 ± 0.1414 | 0.3500 ± 0.0707 |
+| the constant answer |  | 0.0000 | 0.5300 | 0.2650 |
+''' in stats.to_markdown(stats.analyse(tmp_path, against=against))
+
+
 def test_the_multi_bootstrap_of_a_report_is_left_out_where_dev_sets_differ(tmp_path):
     dev = {"predictions": [0, 1, 1, 0], "labels": [0, 1, 0, 1]}
     for strategy, seed in product(("random", "typhoon"), range(3)):
