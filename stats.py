@@ -912,7 +912,7 @@ class Job:
     command: list[str]
     output: Path
     error: Path
-    alone: bool = False  # before the others: it trains the teacher that they all want
+    turn: int = 0  # 0: it trains a teacher, 1: it needs none, 2: it waits for a teacher of turn 0
 
 
 def pretraining_jobs(runs: list[Run], folder: Path, *, extra: list[str] = (),
@@ -955,7 +955,7 @@ def pretraining_jobs(runs: list[Run], folder: Path, *, extra: list[str] = (),
             jobs[run.checkpoint] = Job(
                 [sys.executable, str(HERE / "train.py"), *options], weights,
                 folder / f"pretrain--{slug(run.checkpoint)}.error.json",
-                alone=wants_teacher and teacher not in teachers)
+                turn=1 if not wants_teacher else 2 if teacher in teachers else 0)
         teachers.add(teacher)
     return list(jobs.values())
 
@@ -1049,8 +1049,9 @@ def sweep(runs: list[Run], folder: Path, *, extra: list[str] = (), parallel: int
     since, is made again."""
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(pretraining) + len(runs), desc="sweep", unit="run", smoothing=0) as bar:
-        failures = run_jobs([job for job in pretraining if job.alone], parallel, bar)
-        failures += run_jobs([job for job in pretraining if not job.alone], parallel, bar)
+        pretraining = sorted(pretraining, key=lambda job: job.turn)
+        failures = run_jobs([job for job in pretraining if job.turn < 2], parallel, bar)
+        failures += run_jobs([job for job in pretraining if job.turn == 2], parallel, bar)
         done = finished_runs(runs, folder)  # now that the models are what they will be
         bar.update(len(done))
         jobs = []

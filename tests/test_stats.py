@@ -924,9 +924,12 @@ def test_the_exam_is_swept_and_reported_with_a_strategy_and_an_arm_of_ones_own(f
                             "--out runs/seen-1")
     assert result["weights"] == stats.weights_digest("runs/seen-1")
     log = fake_train.read_text().splitlines()
-    assert log[:2] == ["begin runs/entropy-0 6", "end runs/entropy-0 6"]  # it trains the teacher
-    assert all(line.endswith(" 2") for line in log[2:])  # three at once share six cores
-    assert [line.split()[0] for line in log[2:5]] == ["begin"] * 3
+    assert all(line.endswith(" 2") for line in log)  # three at once share six cores
+    assert [line.split()[0] for line in log[:3]] == ["begin"] * 3
+    trained = log.index("end runs/entropy-0 2")  # with the teacher; who shares it comes after
+    waited = [log.index(f"begin runs/{name} 2") for name in ("entropy-1", "seen-0", "seen-1")]
+    assert log.index("begin runs/entropy-0 2") < 3 and trained < min(waited)
+    assert log.index("begin runs/random-0 2") < trained  # who needs none uses the other cores
     stats.main(arguments)  # nothing is left to do
     assert len(fake_train.read_text().splitlines()) == len(log)
     stats.main(["report", "out"])
@@ -938,9 +941,9 @@ def test_a_seed_in_the_options_makes_the_teacher_vary(fake_train):
                       strategies=["random", "entropy", "entropy-kd"])
     jobs = stats.pretraining_jobs(runs, Path("out"), extra=["--lr", "0.{seed}1"])
     assert [job.command[3] for job in jobs] == ["0.01"] * 3 + ["0.11"] * 3
-    assert [job.alone for job in jobs] == [False, True, False] * 2  # two teachers
+    assert [job.turn for job in jobs] == [1, 0, 2] * 2  # two teachers
     jobs = stats.pretraining_jobs(runs, Path("out"))
-    assert [job.alone for job in jobs] == [False, True, False] + [False] * 3
+    assert [job.turn for job in jobs] == [1, 0, 2] + [1, 2, 2]
 
 
 def test_a_dry_run_of_pretraining_lists_the_models_and_downloads_no_corpus(fake_train, monkeypatch,
