@@ -737,10 +737,12 @@ def corpus_files(names: list[str]) -> list[Path]:
 
 
 def corpus_state(names: list[str]) -> list:
-    """Returns what changes when the corpus does: Python's version; files' names, sizes, times."""
+    """Returns what changes when the corpus's text does: Python's version, and each file's sha256
+    with the suffix that says how it is read. A copy of a corpus is the same corpus."""
     state = [platform.python_version()] if "docs" in names else []
     for path in corpus_files(names):
-        state.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
+        with path.open("rb") as file:
+            state.append([path.suffix, hashlib.file_digest(file, "sha256").hexdigest()])
     return state
 
 

@@ -426,12 +426,12 @@ def test_the_teacher_and_its_tables_are_made_once(corpus, tmp_path, monkeypatch)
 
 
 def test_a_resumed_run_keeps_its_teacher(corpus, tmp_path, monkeypatch):
-    """A corpus that was copied again has another time, which is part of an automatic teacher's name."""
+    """An automatic teacher's name holds what decides the corpus, Python's version say, and that may change."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_bytes(corpus.read_bytes())
     train.main(["--masking", "entropy", "--corpus", "text.txt", *SMALL])
     before = weights("runs/entropy")
-    os.utime("text.txt", (0, 0))
+    monkeypatch.setattr(train, "corpus_state", lambda names: ["another Python"])
     Path("runs/entropy/checkpoint.pt").unlink()
     train.main(["--resume", "runs/entropy"])
     assert weights("runs/entropy") == before and len(list(Path("runs").iterdir())) == 2
@@ -586,6 +586,22 @@ def test_all_that_decides_the_teachers_weights_is_in_its_name(corpus, monkeypatc
     monkeypatch.setattr(train, "pick_device", lambda _: torch.device("mps"))
     others.append(name())
     assert len(set(same)) == 1 and len({same[0], *others}) == 1 + len(others)
+
+
+def test_a_copy_of_a_corpus_is_the_same_corpus(tmp_path):
+    """Wherever it lies and whenever it was written; other text of the same length and time is not."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("one two\n")
+    (tmp_path / "there" / "a.txt").rename(tmp_path / "there" / "b.txt")
+    os.utime(tmp_path / "there" / "b.txt", (0, 0))
+    here, there = (train.corpus_state([str(tmp_path / name)]) for name in ("here", "there"))
+    assert here == there
+    (tmp_path / "there" / "b.txt").write_text("one six\n")
+    os.utime(tmp_path / "there" / "b.txt", (0, 0))
+    assert train.corpus_state([str(tmp_path / "there")]) != here
+    (tmp_path / "here" / "a.txt").rename(tmp_path / "here" / "a.jsonl")  # is read in another way
+    assert train.corpus_state([str(tmp_path / "here")]) != here
 
 
 def test_the_entropy_tables_name_holds_precision_and_device(model, tmp_path, monkeypatch):
