@@ -14,7 +14,8 @@ from test_train import SMALL, corpus  # noqa: F401 (a fixture)
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "tests" / "data" / "results"
-REPORTS = [("strategies", "random"), ("start-tiny", None), ("start-mini", None)]  # and --against
+REPORTS = [("strategies", "random"), ("start-tiny", None), ("start-mini", None),
+           ("english-exam", "random")]  # folder, --against
 
 
 @pytest.fixture
