@@ -952,10 +952,12 @@ def pretraining_jobs(runs: list[Run], folder: Path, *, extra: list[str] = (),
             find_strategy(asked.masking).needs_teacher or asked.kd_weight > 0)
         teacher = shlex.join(common) if wants_teacher else None  # what its weights depend on
         if not weights.exists() and run.checkpoint not in jobs:
+            turn = 1
+            if wants_teacher:
+                turn = 2 if teacher in teachers else 0
             jobs[run.checkpoint] = Job(
                 [sys.executable, str(HERE / "train.py"), *options], weights,
-                folder / f"pretrain--{slug(run.checkpoint)}.error.json",
-                turn=1 if not wants_teacher else 2 if teacher in teachers else 0)
+                folder / f"pretrain--{slug(run.checkpoint)}.error.json", turn)
         teachers.add(teacher)
     return list(jobs.values())
 
