@@ -6,7 +6,7 @@
 #     bash tests/evidence.sh start          local_start against BERT's own, 3 seeds   40 min
 #     bash tests/evidence.sh defaults       what decided train.py's defaults, 3 seeds 1 h
 #     bash tests/evidence.sh english        pretraining on English, then GLUE         6 h
-#     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder    4 h
+#     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder    5 h
 #
 # english reads the text in data/english (or wherever CORPUS says): of NLTK's corpora Brown, movie
 # reviews, ABC news, inaugural addresses and state of the union, and WikiText-2's valid and test.

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "tests" / "data" / "results"
 REPORTS = {"strategies": {"against": "random"}, "start-tiny": {}, "start-mini": {},
-           "english-exam": {"against": "random"}, "english": {"against": "untrained"}}  # options
+           "english-exam": {"against": "random"}, "english": {"against": "untrained"},
+           "adaptation": {"metric": "f1"}}  # the report's options
 
 
 @pytest.fixture
