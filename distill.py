@@ -29,8 +29,11 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
     cross_entropy = F.cross_entropy(student_logits, labels)
     if alpha == 0:
         return cross_entropy
-    log_student = F.log_softmax(student_logits / temperature, dim=-1)  # (N, V)
-    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)  # (N, V)
+    # The spare rows of a padded vocabulary have logits of −inf. Clamped, ln 0 stays a number, and
+    # p_t ln p_t is 0, not nan.
+    log_student, log_teacher = (
+        F.log_softmax(logits.float() / temperature, dim=-1).clamp(min=torch.finfo().min)
+        for logits in (student_logits, teacher_logits))  # (N, V) each
     # log_target: the teacher comes as logarithms too, which stay finite where a probability is 0 in
     # float32. batchmean is the mean over positions; "mean" would divide by V as well.
     kl = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)

@@ -18,12 +18,13 @@ import math
 import os
 import re
 import sys
-import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers,
+                        processors)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,13 +65,9 @@ class BertConfig:
     model_type: str = "bert"  # or "distilbert"
 
     def __post_init__(self):
-        if self.model_type not in ("bert", "distilbert"):
-            raise InputError(f"model_type {self.model_type!r}: only bert and distilbert are read")
-        if not 0 <= self.pad_token_id < self.vocab_size:
-            raise InputError(f"pad_token_id is {self.pad_token_id}: no word piece has that id")
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(f"hidden_size is {self.hidden_size}: it must be a multiple of "
-                             f"{self.num_attention_heads} heads")
+        H, heads = self.hidden_size, self.num_attention_heads
+        if H % heads:
+            raise InputError(f"hidden_size is {H}: {heads} heads cannot share it equally")
 
     @classmethod
     def preset(cls, name: str, **fields) -> "BertConfig":
@@ -83,19 +80,6 @@ class BertConfig:
 
 # --- the encoder ----------------------------------------------------------------------------------
 
-class Dropout(nn.Dropout):
-    """nn.Dropout, faster on a CPU, where drawing random numbers is slow: a number of 64 bits serves
-    four entries. A pretraining step takes 5 to 7% less time for it, fine-tuning 3 to 5%."""
-
-    def forward(self, x):
-        if not self.training or x.device.type != "cpu" or self.p in (0, 1):
-            return super().forward(x)
-        draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2 ** 63, None)
-        coins = draws.view(torch.int16)[:x.numel()].view(x.shape)  # uniform from −2¹⁵ to 2¹⁵ − 1
-        keep = coins >= round(self.p * 2 ** 16) - 2 ** 15  # with probability 1 − p
-        return x * keep.to(x.dtype).div_(1 - self.p)  # the scale keeps the expectation
-
-
 class Embeddings(nn.Module):
     """Word, position and token-type embeddings, added and normalised (BERT §3, figure 2)."""
 
@@ -107,7 +91,7 @@ class Embeddings(nn.Module):
         types = config.type_vocab_size if config.model_type == "bert" else 0
         self.token_type_embeddings = nn.Embedding(types, H) if types else None
         self.LayerNorm = nn.LayerNorm(H, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, token_type_ids=None, inputs_embeds=None):
         """Hidden states (B, L, H) of input_ids (B, L), or of inputs_embeds (B, L, H): the word
@@ -125,10 +109,8 @@ class Embeddings(nn.Module):
 
 class SelfAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017 §3.2): softmax(Q Kᵀ / √d) V in each head, then a
-    projection of all heads together.
-
-    `fused` chooses PyTorch's fused kernel over the formula; both give the same numbers."""
-    fused = True
+    projection of all heads together."""
+    fused = True  # PyTorch's kernel in place of the formula: the same numbers, sooner
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -136,7 +118,7 @@ class SelfAttention(nn.Module):
         self.heads = config.num_attention_heads
         self.query, self.key, self.value = nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, H)
         self.output = nn.Linear(H, H)
-        self.dropout = Dropout(config.attention_probs_dropout_prob)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, query_hidden, hidden, key_mask=None):
         """What each query reads, (B, K, H).
@@ -177,7 +159,7 @@ class Block(nn.Module):
         self.intermediate = nn.Linear(H, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, H)
         self.output_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden, key_mask=None, queries=None):
         """(B, L, H) -> (B, L, H), or (B, K, H) with queries (B, K): the columns that are wanted.
@@ -186,8 +168,7 @@ class Block(nn.Module):
         needed only where somebody reads the output."""
         query_hidden = hidden  # (B, L, H)
         if queries is not None:
-            index = queries[..., None].expand(-1, -1, hidden.shape[-1])  # (B, K, H)
-            query_hidden = hidden.gather(1, index)  # (B, K, H)
+            query_hidden = hidden.take_along_dim(queries[..., None], dim=1)  # (B, K, H)
         attended = self.attention(query_hidden, hidden, key_mask)  # (B, K, H)
         hidden = self.attention_norm(query_hidden + self.dropout(attended))
         transformed = self.output(F.gelu(self.intermediate(hidden)))
@@ -199,11 +180,10 @@ class Bert(nn.Module):
 
     def __init__(self, config: BertConfig, pooler: bool = False):
         super().__init__()
-        H = config.hidden_size
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.pooler = nn.Linear(H, H) if pooler else None
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if pooler else None
         init_weights(self, config)
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None,
@@ -242,29 +222,40 @@ class MaskedLMHead(nn.Module):
         return F.linear(transformed, word_embeddings, self.bias)
 
 
-def query_positions(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(columns, chosen) for a mask, positions (B, L) bool, as the encoder takes them.
+class Queries(NamedTuple):
+    """The positions of a batch whose output is wanted. Texts want different numbers of them, but
+    the rows of a tensor have one length, K, the number of the fullest text.
 
-    columns (B, K): the wanted columns of each text in order, then others to fill the row; K is the
-    number of positions in the fullest text. chosen (N,): the wanted ones among the B · K columns.
+    columns (B, K): the wanted columns of each text in order, then others that fill the row.
+    chosen (N,): the numbers of the wanted ones among all B · K, text by text."""
+    columns: Tensor
+    chosen: Tensor
+
+    def pick(self, values: Tensor) -> Tensor:
+        """values[mask], (N,), of values (B, L), but the program does not wait for the GPU."""
+        return values.gather(1, self.columns).flatten()[self.chosen]
+
+
+def query_positions(mask: Tensor) -> Queries:
+    """The Queries of a mask (B, L) bool.
 
     >>> query_positions(torch.tensor([[False, True, False, True], [False, False, True, False]]))
-    (tensor([[1, 3],
-            [2, 0]]), tensor([0, 1, 2]))
+    Queries(columns=tensor([[1, 3],
+            [2, 0]]), chosen=tensor([0, 1, 2]))
     """
-    # A shape is known to the host, so it waits here for the GPU to count K, and below to count N.
-    # Student and teacher therefore share the queries of a batch.
-    K = int(positions.sum(1).max()) if len(positions) else 0
-    # A stable descending sort of 0s and 1s brings the wanted columns to the front, in their order.
-    columns = positions.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :K]
-    wanted = positions.gather(1, columns)  # (B, K), False on the columns that only fill a row
-    return columns, wanted.flatten().nonzero()[:, 0]
+    # A shape is known to the host, so the program waits here for the GPU to count K and N: once a
+    # step, as student, teacher and targets share the queries of a batch.
+    count = mask.sum(1)  # (B,)
+    K, N = torch.stack([count.max(), count.sum()]).tolist() if len(mask) else (0, 0)
+    # A stable descending sort of 0s and 1s brings the wanted ones to the front, in their order.
+    columns = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :K]
+    wanted = mask.gather(1, columns).flatten()  # (B · K,), False on the columns that fill a row
+    return Queries(columns, wanted.byte().argsort(descending=True, stable=True)[:N])
 
 
 class BertForMaskedLM(nn.Module):
-    """The encoder and the masked-LM head. `positions`, in every method that takes it, is a mask
-    (B, L) bool or its `query_positions`: the result then holds these N positions alone, in the
-    order of hidden[mask]. Pretraining reads no others."""
+    """The encoder and the masked-LM head. `positions` are Queries: the result then holds these N
+    positions alone, in the order of hidden[mask]. Pretraining reads no others."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -272,25 +263,22 @@ class BertForMaskedLM(nn.Module):
         self.bert = Bert(config)
         self.head = MaskedLMHead(config)
 
-    def hidden(self, input_ids=None, attention_mask=None, token_type_ids=None,
-               inputs_embeds=None, positions=None) -> Tensor:
+    def encode(self, input_ids=None, attention_mask=None, token_type_ids=None,
+               inputs_embeds=None, positions: Queries | None = None) -> Tensor:
         """The encoder's output (B, L, H), or (N, H) with positions."""
         inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         if positions is None:
             return self.bert(*inputs)
-        if isinstance(positions, Tensor):
-            positions = query_positions(positions)
-        columns, chosen = positions
-        hidden = self.bert(*inputs, queries=columns)  # (B, K, H)
-        return hidden.flatten(0, 1)[chosen]  # (N, H)
+        hidden = self.bert(*inputs, queries=positions.columns)  # (B, K, H)
+        return hidden.flatten(0, 1)[positions.chosen]  # (N, H)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)"""
         return self.head(hidden, self.bert.embeddings.word_embeddings.weight)
 
     def forward(self, *inputs, **named_inputs) -> Tensor:
-        """Logits (B, L, V), or (N, V) with positions. Takes what `hidden` takes."""
-        return self.logits(self.hidden(*inputs, **named_inputs))
+        """Logits (B, L, V), or (N, V) with positions. Takes what `encode` takes."""
+        return self.logits(self.encode(*inputs, **named_inputs))
 
 
 class BertForSequenceClassification(nn.Module):
@@ -300,7 +288,7 @@ class BertForSequenceClassification(nn.Module):
         super().__init__()
         self.config = config
         self.bert = Bert(config, pooler=True)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, num_labels)
         init_weights(self.classifier, config)
 
@@ -320,14 +308,16 @@ class BertForSequenceClassification(nn.Module):
 
 POSITION_SCALE = 1.5  # the position embeddings' rms, in units of the word embeddings' rms
 POSITION_DIRECTIONS = 32  # 94 to 100% of the variance of 128 positions' waves, at any preset
-QUERY_KEY_SCALE = 3.0  # multiplies the query and the key matrices, so scores grow ninefold
+QUERY_KEY_SCALE = 3.0  # g, on queries and on keys: scores grow ninefold
 
 
 def init_weights(model: nn.Module, config: BertConfig):
-    """Sets matrices to N(0, σ²) and biases to 0, in place: BERT's plain start.
+    """Sets matrices to N(0, σ²) and biases to 0, in place: BERT's start, but for σ.
 
-    σ = 0.02 at BERT-base's width H = 768, as in BERT, and proportional to 1 / √H elsewhere, so that
-    a sum of H products has the same size at every width. A tiny model learns sooner with it."""
+    σ is BERT's 0.02 at BERT-base's width H = 768, and proportional to 1 / √H elsewhere (0.049 at
+    `tiny`), so that a sum of H products has the same size at every width. A tiny model learns
+    sooner with it. `train.py --plain-start` leaves this σ as it is, and the decoder's bias that
+    train.py sets to word frequencies; it takes away `local_start` alone."""
     std = 0.02 * math.sqrt(768 / config.hidden_size)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -338,29 +328,34 @@ def init_weights(model: nn.Module, config: BertConfig):
 
 @torch.no_grad()
 def local_start(model: nn.Module):
-    """Changes a fresh model's plain start, in place, so that tokens first attend to neighbours.
+    """Changes a fresh model's start, in place, so that tokens first attend to their neighbours.
 
-    With the plain start a model must first discover from learned positions that neighbours matter,
-    and a short run ends before it has. Three changes tell it: position embeddings become sines and
-    cosines (Vaswani et al. 2017 §3.5), whose dot product falls with the distance between two
-    positions; each key matrix becomes a copy of its query matrix, so that a score q · k measures
-    how alike two hidden states are (Trockman and Kolter 2023, 2305.09828: trained models come close
-    to this, and gain by starting there); and both read the directions of the positions alone, or
-    else equal words, [MASK] above all, would attend to one another. A word's embedding is seen only
-    by its part in these directions. All of it is trained from the first step on."""
+    Without this a model must first discover that neighbours matter, and a short run ends before it
+    has. With P (positions, H) the position embeddings, W_Q and W_K a layer's query and key matrix:
+
+    1. P[t, 2i] = s sin(ω_i t) and P[t, 2i + 1] = s cos(ω_i t), where ω_i = 10000^(−2i / H)
+       (Vaswani et al. 2017 §3.5). P[t] · P[u] = s² Σ_i cos(ω_i (t − u)): it depends on the distance
+       of two positions alone, and falls with it.
+    2. W_K = W_Q. A score q · k is then xᵀ Wᵀ W y, which measures how alike the hidden states x and
+       y are (Trockman and Kolter 2023, 2305.09828: trained models come close to this).
+    3. W_Q becomes g W_Q Dᵀ D: the rows of D (32, H) are the directions in which positions differ,
+       so that a score reads of x and y only what lies in them. Without this, equal words, [MASK]
+       above all, would attend to one another wherever they stand.
+
+    All of it is trained from the first step on."""
     embeddings = model.bert.embeddings
     count, H = embeddings.position_embeddings.weight.shape
-    frequency = 10_000 ** (-torch.arange(0, H, 2) / H)  # (H / 2,) radians per token
+    frequency = 10_000 ** (-torch.arange(0, H, 2) / H)  # ω, (H / 2,), radians per token
     angle = torch.arange(count)[:, None] * frequency  # (positions, H / 2)
     waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (positions, H)
     rms = embeddings.word_embeddings.weight.square().mean().sqrt().item()
-    scale = POSITION_SCALE * rms * math.sqrt(2)  # the waves' own rms is 1/√2, as sin² + cos² = 1
+    scale = POSITION_SCALE * rms * math.sqrt(2)  # s; the waves' own rms is 1/√2
     embeddings.position_embeddings.weight.copy_(scale * waves)
-    # The slow waves hardly change within a window: what tells its positions apart lies in a few
-    # principal directions D, the rows of `directions`. W Dᵀ D reads these and nothing else.
+    # The slow waves hardly change within a window: nearly all that tells 128 positions apart lies
+    # in their first principal directions.
     window = waves[:128]
     principal = torch.linalg.svd(window - window.mean(0), full_matrices=False).Vh
-    directions = principal[:POSITION_DIRECTIONS]  # (32, H), orthonormal rows
+    directions = principal[:POSITION_DIRECTIONS]  # D, (32, H), orthonormal rows
     for layer in model.bert.layers:
         query, key = layer.attention.query.weight, layer.attention.key.weight  # (H, H)
         query.copy_(QUERY_KEY_SCALE * query @ directions.T @ directions)
@@ -383,10 +378,9 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
     directory = find_pretrained(str(name_or_dir))
     fields, weights = read_json(directory / "config.json"), read_weights(directory)
     try:
-        config = config_from_hf(fields)
+        config = config_from_hf(fields, head)
         if dropout is not None:
-            config = replace(config, hidden_dropout_prob=dropout,
-                             attention_probs_dropout_prob=dropout)
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
         if config.num_hidden_layers > len(weights):  # refused before a billion layers are built
             raise InputError(f"it asks for {config.num_hidden_layers:,} layers")
         if head == "mlm":
@@ -411,38 +405,37 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
 
 def save_pretrained(model: nn.Module, tokenizer: Tokenizer, directory: str | Path):
     """Writes a directory that Hugging Face opens; last the weights, which say that it is whole."""
-    directory, vocab = Path(directory), tokenizer.get_vocab()
-    words = sorted(vocab, key=vocab.get)
-    settings = {
-        "tokenizer_class": HF_CLASS[model.config.model_type] + "Tokenizer",
-        "model_max_length": model.config.max_position_embeddings,  # where truncation=True cuts
-        "do_lower_case": getattr(tokenizer.normalizer, "lowercase", True),
+    config, directory = model.config, Path(directory)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    settings = ROLES | {
+        "tokenizer_class": FILE_TOKENIZERS[0],  # takes tokenizer.json as it is
+        "model_input_names": inputs if config.model_type == "bert" else inputs[::2],
+        "model_max_length": config.max_position_embeddings,  # where truncation=True cuts
     }
+    for theirs, ours in NORMALIZER.items():  # for whoever opens it as a BertTokenizer
+        if hasattr(tokenizer.normalizer, ours):
+            settings[theirs] = getattr(tokenizer.normalizer, ours)
     write_atomic(directory / "config.json", json.dumps(config_to_hf(model), indent=1) + "\n")
-    write_atomic(directory / "vocab.txt", "".join(word + "\n" for word in words))
-    write_atomic(directory / "tokenizer.json", tokenizer.to_str())
     write_atomic(directory / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
+    write_atomic(directory / "tokenizer.json", tokenizer.to_str())
     write_safetensors(directory / "model.safetensors", to_hf(model))
 
 
 def find_pretrained(name_or_dir: str) -> Path:
-    """A model's directory: a local one, or for `name` or `owner/name` the hub's, downloaded.
-
-    A mistyped path never goes to the hub: it has another form, or its first folder is here. Raises
-    InputError where neither has it."""
+    """A model's directory: a local one, or the hub's, downloaded. A name of the hub has to say
+    BERT, so that a mistyped path, as `rns/entropy`, is not looked for there. Raises InputError."""
     path = Path(name_or_dir)
     if path.is_dir():
         return path
-    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name_or_dir)
-    if not is_hub_name or Path(path.parts[0]).exists():
-        raise InputError(f"{name_or_dir} is not a model directory: give a run or a hub name")
+    if not re.fullmatch(r"(?i)(distil)?bert-[\w.-]+|\w[\w.-]*/[\w.-]*bert[\w.-]*", name_or_dir):
+        raise InputError(f"{name_or_dir} is not a model directory: give a run or a BERT of the hub")
     from huggingface_hub import snapshot_download  # only here: it takes half a second to import
-    files = ["config.json", *WEIGHT_FILES, "vocab.txt", "tokenizer*.json"]
+    files = ["config.json", *WEIGHT_FILES, "vocab.txt", "*token*.json"]
     try:
         return Path(snapshot_download(name_or_dir, allow_patterns=files))
     except Exception as error:  # its own, the network's and the server's errors share no base class
-        raise InputError(f"{name_or_dir} is no directory here, and the hub did not give it "
-                         f"({type(error).__name__}): check the name and the network") from None
+        raise InputError(f"{name_or_dir}: the hub did not give it ({type(error).__name__}): check "
+                         "the name and the network") from None
 
 
 def weight_file(directory: Path) -> Path:
@@ -450,83 +443,88 @@ def weight_file(directory: Path) -> Path:
     for name in WEIGHT_FILES:
         if (directory / name).exists():
             return directory / name
-    raise InputError(f"{directory} has neither {' nor '.join(WEIGHT_FILES)}: copy it again")
+    raise InputError(f"{directory} has neither {' nor '.join(WEIGHT_FILES)}; shards are not read")
 
 
 def weights_digest(name_or_dir: str | Path) -> str:
     """sha256 of a model's weight file: it tells checkpoints apart, whatever they are called."""
-    with open(weight_file(find_pretrained(str(name_or_dir))), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    path = weight_file(find_pretrained(str(name_or_dir)))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """A model's weights; a pickle is read as plain tensors, never as code. Raises InputError."""
     path = weight_file(directory)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken pickle can raise nearly anything
-        raise InputError(f"{path} is not plain tensors ({type(error).__name__})") from None
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(weight, Tensor) for weight in weights.values()):
+            raise TypeError
+        return weights
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise InputError(f"{path} is no sound file of tensors ({type(error).__name__})") from None
 
 
 # --- Hugging Face's names -------------------------------------------------------------------------
 
-HF_CLASS = {"bert": "Bert", "distilbert": "DistilBert"}
-LAYERS = {"bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer"}
-NAMES = {  # our module -> BERT's, DistilBERT's; first those in a layer, then the heads
-    "attention.query": ("attention.self.query", "attention.q_lin"),
-    "attention.key": ("attention.self.key", "attention.k_lin"),
-    "attention.value": ("attention.self.value", "attention.v_lin"),
-    "attention.output": ("attention.output.dense", "attention.out_lin"),
-    "attention_norm": ("attention.output.LayerNorm", "sa_layer_norm"),
-    "intermediate": ("intermediate.dense", "ffn.lin1"),
-    "output": ("output.dense", "ffn.lin2"),
-    "output_norm": ("output.LayerNorm", "output_layer_norm"),
-    "bert.pooler": ("bert.pooler.dense", "pre_classifier"),
-    "head.dense": ("cls.predictions.transform.dense", "vocab_transform"),
-    "head.norm": ("cls.predictions.transform.LayerNorm", "vocab_layer_norm"),
-    "head": ("cls.predictions", "vocab_projector"),
-    "classifier": ("classifier", "classifier"),
+NAMES = [  # (ours, BERT's, DistilBERT's): a regular expression and what replaces it, in this order
+    (r"bert\.layers", "bert.encoder.layer", "distilbert.transformer.layer"),
+    (r"bert\.embeddings", "bert.embeddings", "distilbert.embeddings"),
+    (r"bert\.pooler", "bert.pooler.dense", "pre_classifier"),
+    (r"(\d)\.output\.", r"\1.output.dense.", r"\1.ffn.lin2."),  # not attention.output
+    ("output_norm", "output.LayerNorm", "output_layer_norm"),
+    ("attention.query", "attention.self.query", "attention.q_lin"),
+    ("attention.key", "attention.self.key", "attention.k_lin"),
+    ("attention.value", "attention.self.value", "attention.v_lin"),
+    ("attention.output", "attention.output.dense", "attention.out_lin"),
+    ("attention_norm", "attention.output.LayerNorm", "sa_layer_norm"),
+    ("intermediate", "intermediate.dense", "ffn.lin1"),
+    ("head.dense", "cls.predictions.transform.dense", "vocab_transform"),
+    ("head.norm", "cls.predictions.transform.LayerNorm", "vocab_layer_norm"),
+    ("head.bias", "cls.predictions.bias", "vocab_projector.bias"),
+]
+TIED = {  # a second name of the same weight: some files hold both, some only this one
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight",
 }
 DISTILBERT_FIELDS = {
     "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
     "intermediate_size": "hidden_dim", "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
+    "attention_probs_dropout_prob": "attention_dropout", "hidden_act": "activation",
 }
-
-
-def hf_name(name: str, model_type: str) -> str:
-    """Hugging Face's name for our parameter `name`."""
-    module, _, kind = name.rpartition(".")  # kind: weight or bias
-    layer = re.match(r"bert\.layers\.(\d+)\.(.+)", module)
-    part = layer[2] if layer else module
-    if part not in NAMES:  # the embeddings
-        return name.replace("bert.", model_type + ".", 1)
-    theirs = NAMES[part][model_type == "distilbert"]
-    stem = f"{LAYERS[model_type]}.{layer[1]}." if layer else ""
-    return f"{stem}{theirs}.{kind}"
 
 
 def to_hf(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights under Hugging Face's names."""
-    kind = model.config.model_type
-    return {hf_name(name, kind): value for name, value in model.state_dict().items()}
+    weights = {}
+    for name, value in model.state_dict().items():
+        for ours, *theirs in NAMES:
+            name = re.sub(ours, theirs[model.config.model_type == "distilbert"], name)
+        weights[name] = value
+    return weights
 
 
 def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[str]:
     """Copies a Hugging Face state dict into `model`, in place; returns the names of our head's
     weights that it lacks, or has for another number of labels. Raises InputError where a weight of
-    the encoder is missing or of another shape."""
-    kind, missing = model.config.model_type, []
-    # An encoder that was saved alone lacks the prefix `bert.` or `distilbert.`; old files call a
-    # LayerNorm's weight and bias gamma and beta.
-    prefix = "" if any(name.startswith(kind + ".") for name in weights) else kind + "."
-    weights = {re.sub("gamma$", "weight", re.sub("beta$", "bias", prefix + name)): value
-               for name, value in weights.items()}
-    for name, ours in model.state_dict().items():  # these share the parameters' memory
-        theirs = hf_name(name, kind)
-        found = weights.get(theirs)
+    the encoder is missing or of another shape, or the decoder is not tied to the embeddings."""
+    kind, given, missing = model.config.model_type, {}, []
+    for name, value in weights.items():
+        # Old files call a LayerNorm's weight and bias gamma and beta; an encoder that was saved
+        # alone lacks the prefix `bert.` or `distilbert.`.
+        name = re.sub("gamma$", "weight", re.sub("beta$", "bias", name))
+        bare = re.match(r"(embeddings|encoder|transformer|pooler)\.", name)
+        given[f"{kind}.{name}" if bare else name] = value
+    for other, name in TIED.items():
+        if other in given:
+            tied = torch.equal(given.setdefault(name, given[other]).float(), given[other].float())
+            if not tied and hasattr(model, "head"):
+                raise InputError(f"{source}: {other} is not {name}, and here they are one weight")
+    # What state_dict gives shares the parameters' memory.
+    for theirs, (name, ours) in zip(to_hf(model), model.state_dict().items()):
+        found = given.get(theirs)
         if found is not None and found.shape == ours.shape:
             ours.copy_(found)
         elif name.startswith(("bert.embeddings.", "bert.layers.")):
@@ -538,26 +536,31 @@ def from_hf(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[s
     return missing
 
 
-def config_from_hf(fields: dict) -> BertConfig:
-    """A config.json as BertConfig. Raises InputError on what this encoder does not compute."""
+def config_from_hf(fields: dict, head: str) -> BertConfig:
+    """A config.json as BertConfig. Raises InputError on what is not computed here."""
     if fields.get("model_type") == "distilbert":
         fields = fields | {ours: fields.get(theirs) for ours, theirs in DISTILBERT_FIELDS.items()}
-    only = {"hidden_act": "gelu", "activation": "gelu", "position_embedding_type": "absolute",
-            "tie_word_embeddings": True}
-    for name, value in only.items():
-        if fields.get(name, value) != value:
-            raise InputError(f"{name} is {fields[name]!r}: only {value} is implemented")
+        fields["layer_norm_eps"] = None  # not a setting of DistilBERT: always the default
+    computed = {  # each field that changes the result, and what it may be
+        "model_type": ("bert", "distilbert"),
+        "hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",),
+        "is_decoder": (False,), "add_cross_attention": (False,), "quantization_config": (),
+        "tie_word_embeddings": (True,) if head == "mlm" else (True, False),
+    }
+    for name, values in computed.items():
+        if fields.get(name) not in (None, *values):
+            raise InputError(f"{name} is {fields[name]!r}, which is not implemented")
     names = asdict(BertConfig())
     return BertConfig(**{name: fields[name] for name in names if fields.get(name) is not None})
 
 
 def config_to_hf(model: nn.Module) -> dict:
     """The config.json with which Hugging Face opens the model."""
-    fields, kind = asdict(model.config), model.config.model_type
-    if kind == "distilbert":
+    name = type(model).__name__  # ours are BERT's own; DistilBERT's begin with Distil
+    fields = asdict(model.config) | {"hidden_act": "gelu", "architectures": [name]}
+    if model.config.model_type == "distilbert":
         fields |= {theirs: fields.pop(ours) for ours, theirs in DISTILBERT_FIELDS.items()}
-    fields["architectures"] = [HF_CLASS[kind] + type(model).__name__.removeprefix("Bert")]
-    fields["activation" if kind == "distilbert" else "hidden_act"] = "gelu"
+        fields["architectures"] = ["Distil" + name]
     if hasattr(model, "classifier"):
         fields["id2label"] = {i: f"LABEL_{i}" for i in range(model.classifier.out_features)}
     return fields
@@ -566,87 +569,101 @@ def config_to_hf(model: nn.Module) -> dict:
 # --- tokenizers -----------------------------------------------------------------------------------
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ROLES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}  # pad_token: [PAD], …
+FILE_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # tokenizer.json says it all
+NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
+              "tokenize_chinese_chars": "handle_chinese_chars"}
 
 
-def wordpiece_tokenizer(vocab: dict[str, int], lowercase: bool = True) -> Tokenizer:
+def wordpiece_tokenizer(vocab: dict[str, int]) -> Tokenizer:
     """BERT's tokenizer on a vocabulary: cleans, lower-cases and takes accents off, splits on spaces
     and punctuation, then takes the longest word piece that fits, again and again."""
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    ends = [(token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]")]
+    tokenizer.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocab])
+    ends = [(token, vocab.get(token, 0)) for token in ("[SEP]", "[CLS]")]
     tokenizer.post_processor = processors.BertProcessing(*ends)
     return tokenizer
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in tokenizer.json, or else BERT's with vocab.txt. Raises InputError."""
-    path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    if not path.exists():
+    """The tokenizer in tokenizer.json, or else BERT's with vocab.txt; beside either stand its
+    class, settings and added tokens. Raises InputError where it is not BERT's."""
+    files = ("config.json", "special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+    config, special, settings, added = (
+        read_json(directory / name) if (directory / name).exists() else {} for name in files)
+    kind = settings.get("tokenizer_class") or config.get("tokenizer_class") or "BertTokenizer"
+    berts = re.fullmatch("(Distil)?BertTokenizer(Fast)?", kind)
+    path = directory / "tokenizer.json"
+    if berts and not path.exists():
         path = directory / "vocab.txt"
     try:
-        if path.name == "tokenizer.json":
+        if not berts and kind not in FILE_TOKENIZERS:
+            raise ValueError(f"it is a {kind}, not BERT's")
+        if path.suffix == ".json":
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        else:
-            words = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            given = read_json(settings) if settings.exists() else {}
-            tokenizer = wordpiece_tokenizer({word: i for i, word in enumerate(words)},
-                                            bool(given.get("do_lower_case", True)))
+        else:  # a word piece's id is the number of its line
+            lines = path.read_bytes().decode().split("\n")
+            words = {line.rstrip(): i for i, line in enumerate(lines) if line.strip()}
+            tokenizer = wordpiece_tokenizer(words)
+        if not isinstance(tokenizer.model, models.WordPiece):
+            raise ValueError("it is no WordPiece")
+        if berts and isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+            for theirs in NORMALIZER.keys() & settings.keys():  # they count more than the file
+                setattr(tokenizer.normalizer, NORMALIZER[theirs], settings[theirs])
+        add_tokens(tokenizer, special | settings, added)
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{path} cannot be read ({error}): copy it again") from None
-    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
-    if missing:  # some multilingual BERTs have another model's tokenizer
-        raise InputError(f"{path} lacks {', '.join(missing)}: is it BERT's?")
+        raise InputError(f"{path} cannot be read ({error}): choose another model") from None
+    tokenizer.post_processor = wordpiece_tokenizer(tokenizer.get_vocab()).post_processor
     return tokenizer
+
+
+def add_tokens(tokenizer: Tokenizer, settings: dict, added: dict[str, int]):
+    """Adds the tokens that stand beside a vocabulary, in place. Raises ValueError where one would
+    get another id than it has there, or where [MASK] or its like is missing or otherwise named."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    special = [*(settings.get(role) or token for role, token in ROLES.items()), *extra]
+    special = [token["content"] if isinstance(token, dict) else token for token in special]
+    tokens = {i: {"content": token, "special": token in special} for token, i in added.items()}
+    tokens = settings.get("added_tokens_decoder", tokens)
+    for i in sorted(tokens, key=int):
+        tokenizer.add_tokens([AddedToken(**tokens[i])])
+        if tokenizer.token_to_id(tokens[i]["content"]) != int(i):
+            raise ValueError(f"{tokens[i]['content']} cannot have the id {i}")
+    missing = [token for token in SPECIAL_TOKENS
+               if token not in special or tokenizer.token_to_id(token) is None]
+    if missing:  # some multilingual BERTs have another model's tokenizer
+        raise ValueError(f"it lacks {', '.join(missing)}: is it BERT's?")
+    tokenizer.add_special_tokens(special)
 
 
 # --- files ----------------------------------------------------------------------------------------
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file: 8 bytes of header length, a JSON header that gives each
-    tensor's dtype, shape and offsets, then the raw numbers.
-
-    Nothing is believed before it is checked: the header must lie in the file, and the tensors must
-    fill the rest without a gap or an overlap. Raises InputError otherwise."""
-    data, tensors, end = bytearray(path.read_bytes()), {}, 0
+    tensor's dtype, shape and offsets, then the raw numbers. Other than DTYPES is left out;
+    a damaged file raises one error or another."""
+    data, tensors = bytearray(path.read_bytes()), {}
     start = 8 + int.from_bytes(data[:8], "little")  # where the numbers begin
-    try:
-        if start > min(len(data), 100_000_000):
-            raise ValueError("cut off, or its header length is wrong")
-        header = json.loads(data[8:start].decode(), object_pairs_hook=unique_keys)
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            first, last = entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (first, last, *shape))
-            if not whole or first != end or last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"the shape and offsets of {name} do not fit together")
-            raw = data[start + first:start + last]
-            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-            tensors[name], end = flat.reshape(shape), last
-        if start + end != len(data):
-            raise ValueError("its length is not what its header says")
-    except Exception as error:  # a damaged header can raise nearly anything
-        raise InputError(f"{path} is not a sound safetensors file ({error}): copy it") from None
+    header = json.loads(data[8:start].decode())
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if (dtype := DTYPES.get(entry["dtype"])) is None:
+            continue
+        shape, (first, last) = entry["shape"], entry["data_offsets"]
+        if min(first, last, *shape) < 0:  # slices count back from it, reshape guesses a size
+            raise ValueError(f"the shape and offsets of {name} do not fit")
+        raw = data[start + first:start + last]  # shorter where the file was cut: reshape raises
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.reshape(shape)
     return tensors
-
-
-def unique_keys(pairs: list) -> dict:
-    """A JSON object as a dict. Raises ValueError where a key stands twice."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]):
@@ -667,19 +684,18 @@ def write_atomic(path: str | Path, data: str | bytes):
     """Writes a file whole or not at all. Raises RunError where that fails, as on a full disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
+            os.fsync(file.fileno())  # on the disk before the old file is gone
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}): make room, or choose another "
                        "place") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)  # already gone where all went well
+        temporary.unlink(missing_ok=True)  # already gone where all went well
 
 
 def can_write(path: str | Path) -> bool:
@@ -694,11 +710,11 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path.parent} has no {path.name}: copy it there, or choose another")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"but a {type(found).__name__}")
+        return found
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): delete it or copy it again") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds no JSON object: delete it or copy it again")
-    return found
+        raise InputError(f"{path} is not a JSON object ({error}): delete or replace it") from None
 
 
 # --- what the command lines share -----------------------------------------------------------------
@@ -739,12 +755,7 @@ def run_cli(main):
     logging.basicConfig(format="%(message)s")
     try:
         return main()
-    except InputError as error:
-        status, message = 2, str(error)
-    except (RunError, OSError) as error:
-        status, message = 1, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    line = " ".join(message.split())  # one line, whatever the message quotes
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.exit(status)
+    except (InputError, RunError, OSError, KeyboardInterrupt) as error:
+        line = " ".join(str(error).split()) or "interrupted"  # one line, whatever it quotes
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit({InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1))

@@ -1,11 +1,15 @@
-"""Records what Hugging Face's models answer, for tests/test_model.py. Run once, where transformers
-is installed:
+"""Records what Hugging Face's models and tokenizers answer, for tests/test_model.py. Run once,
+where transformers is installed (5.24 recorded the tokenizers):
 
     python tests/record_reference.py
 
 Writes tests/data/reference/NAME: a small random model as `save_pretrained` leaves it, and its
-answers to one padded batch of sentence pairs in answers.safetensors.
+answers to one padded batch of sentence pairs in answers.safetensors. Writes tokenizers.json: the
+files that each tokenizer is made of, and its ids of TEXTS.
 """
+import itertools
+import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -54,6 +58,79 @@ def record(kind: str, head: str, folder: Path):
     save_file({"logits": answer.logits, "hidden": hidden}, folder / "answers.safetensors")
 
 
+# --- tokenizers -----------------------------------------------------------------------------------
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "mochte", "möchte", "Mochte", "Möchte", "漢",
+          "字", "漢字", "a", "##b", "ab", "##ab"]
+TEXTS = ["Möchte MÖCHTE mochte", "漢字 a漢字", "a\0b a\u00a0b\tab aab",
+         "covid19 COVID19 acovid19b ab", "a [MASK] [mask] [E1] [e1]"]
+COVID = {"content": "covid19", "lstrip": False, "normalized": True, "rstrip": False,
+         "single_word": False, "special": False}
+
+
+def tokenizer_files() -> list[dict]:
+    """Every choice of the three settings that BERT's normaliser has there; tokens beside the
+    vocabulary, in each form; tokenizer.json with each kind of normaliser."""
+    choices = {"do_lower_case": (..., True, False), "strip_accents": (..., None, True, False),
+               "tokenize_chinese_chars": (..., False)}  # ...: the file does not say
+    found = []
+    for values in itertools.product(*choices.values()):
+        given = {name: value for name, value in zip(choices, values) if value is not ...}
+        found.append({"tokenizer_config.json": given})
+    for fields in (COVID, COVID | {"single_word": True}, COVID | {"normalized": False}):
+        found.append({"tokenizer_config.json": {"added_tokens_decoder": {"16": fields}}})
+    found.append({"added_tokens.json": {"covid19": 16}})
+    found.append({"added_tokens.json": {"[E1]": 17, "covid19": 16},
+                  "tokenizer_config.json": {"additional_special_tokens": ["[E1]"]}})
+    found.append({"special_tokens_map.json": {"additional_special_tokens": ["[E1]", "ab"]}})
+    sequence = [{"type": "NFC"}, {"type": "Lowercase"}]
+    for normalizer in ({"lowercase": False}, {"strip_accents": False}, {"clean_text": False},
+                       {"handle_chinese_chars": False}, None, {"type": "Lowercase"},
+                       {"type": "Sequence", "normalizers": sequence}):
+        found.append({"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+                      "tokenizer.json": normalizer})
+    for settings in ({"do_lower_case": True}, {"do_lower_case": False, "strip_accents": True},
+                     {"do_lower_case": True, "tokenizer_class": "PreTrainedTokenizerFast"}):
+        found.append({"tokenizer_config.json": settings, "tokenizer.json": {"lowercase": False}})
+    return found
+
+
+def write_tokenizer(files: dict, folder: Path, kind: str = "bert"):
+    """Writes the files, and beside them vocab.txt and a config.json. Of tokenizer.json `files`
+    holds the normaliser alone, or what differs in it from BERT's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in PIECES))
+    for name, content in files.items():
+        if name == "tokenizer.json":
+            vocab = {piece: i for i, piece in enumerate(PIECES)}
+            tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+            tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            tokenizer.decoder = decoders.WordPiece()
+            tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+            tokenizer.add_special_tokens(PIECES[:5])
+            berts = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                     "strip_accents": None, "lowercase": True}
+            if content is not None and "type" not in content:
+                content = berts | content
+            content = json.loads(tokenizer.to_str()) | {"normalizer": content}
+        (folder / name).write_text(json.dumps(content))
+
+
+def record_tokenizers(path: Path):
+    from transformers import AutoTokenizer
+    rows = []
+    for files in tokenizer_files():
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer(files, Path(folder))
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            rows.append({"files": files, "ids": [tokenizer(text)["input_ids"] for text in TEXTS]})
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
 if __name__ == "__main__":
+    reference = Path(__file__).parent / "data" / "reference"
     for kind, head in CLASSES:
-        record(kind, head, Path(__file__).parent / "data" / "reference" / f"{kind}-{head}")
+        record(kind, head, reference / f"{kind}-{head}")
+    record_tokenizers(reference / "tokenizers.json")

@@ -1,4 +1,6 @@
 """The KD loss against numpy and its limits; student initialisation."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,18 @@ def test_large_logits_do_not_overflow(temperature):
     kl = 600.0 / temperature - 300.0 / temperature  # ln p_t − ln p_s of the teacher's sure token
     expected = 0.5 * temperature ** 2 * kl + 0.5 * 300.0
     assert loss.item() == pytest.approx(expected, rel=1e-5) and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("student, expected", [  # ln 3 and ln 2 less the entropy of (1, e)
+    ([0.0, 0.0, 0.0], 0.5164), ([0.0, 0.0, -math.inf], 0.1109)])
+def test_a_logit_of_minus_infinity_is_a_probability_of_nothing(student, expected):
+    """As a padded vocabulary has them; the student's gradient is p_s − p_t all the same."""
+    student = torch.tensor([student]).requires_grad_()
+    teacher = torch.tensor([[0.0, 1.0, -math.inf]])
+    loss = kd_loss(student, teacher, torch.tensor([1]), alpha=1.0, temperature=1.0)
+    assert loss.item() == pytest.approx(expected, abs=1e-4)
+    loss.backward()
+    torch.testing.assert_close(student.grad, student.detach().softmax(-1) - teacher.softmax(-1))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
