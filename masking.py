@@ -29,7 +29,6 @@ import html
 import itertools
 import math
 import runpy
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +38,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import (SPECIAL_TOKENS, InputError, Parser, load_pretrained, number, read_json, run_cli,
-                   write_atomic)
+from model import (SPECIAL_TOKENS, InputError, Parser, load_pretrained, number, query_positions,
+                   read_json, run_cli, write_atomic)
 
 Generator = torch.Generator | None
 
@@ -89,8 +88,8 @@ def random_mask(maskable: Tensor, rate: float, generator: Generator = None) -> T
     """Returns a mask on k positions of each row, drawn uniformly without replacement (BERT §3.1).
 
     (B, L) bool -> (B, L) bool."""
-    count = budget(maskable, rate, generator)
-    return top_k(uniform(maskable, generator), maskable, count)
+    k = budget(maskable, rate, generator)
+    return top_k(uniform(maskable, generator), maskable, k)
 
 
 def whole_word_mask(maskable: Tensor, continuation: Tensor, rate: float,
@@ -128,14 +127,18 @@ def token_entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)  # entr(p) = −p ln p, and 0 at 0
 
 
+SELECTS = ("high", "middle", "low", "mixed", "sample")
+
+
 def entropy_mask(entropy: Tensor, maskable: Tensor, rate: float, select: str = "high",
                  generator: Generator = None) -> Tensor:
     """Returns a mask that spends the budget by entropy ([E]).
 
-    select: `high`, the k most uncertain positions; `low`, the k least; `mixed`, half of k the most
-    uncertain, half uniformly from the rest; `sample`, k without replacement with probability
-    proportional to H. With a frozen teacher `high` and `low` choose the same positions every epoch
-    (static masking, RoBERTa §4.1) but for the rounding of k; `mixed` and `sample` vary.
+    select: `high`, the k most uncertain positions; `low`, the k least; `middle`, the k nearest the
+    median entropy of the row; `mixed`, half of k the most uncertain, half uniformly from the rest;
+    `sample`, k without replacement with probability proportional to H. With a frozen teacher the
+    first three choose the same positions every epoch (static masking, RoBERTa §4.1) but for the
+    rounding of k; `mixed` and `sample` vary.
 
     entropy (B, L) in nats, maskable (B, L) bool -> (B, L) bool.
 
@@ -155,6 +158,10 @@ def select_positions(scores: Tensor, maskable: Tensor, k: Tensor, select: str,
         return top_k(scores, maskable, k)
     if select == "low":
         return top_k(-scores, maskable, k)
+    if select == "middle":
+        known = scores.masked_fill(~maskable, math.nan)
+        median = known.nanquantile(0.5, dim=1, keepdim=True)  # (B, 1)
+        return top_k(-(scores - median).abs(), maskable, k)
     if select == "mixed":
         coin = uniform(k, generator) < 0.5  # an odd k leaves one over: it goes to either half
         high = top_k(scores, maskable, (k + coin) // 2)
@@ -165,38 +172,40 @@ def select_positions(scores: Tensor, maskable: Tensor, k: Tensor, select: str,
         tiny = 1e-20  # where a draw or an entropy is 0, the logarithm stays finite
         noise = -(-uniform(scores, generator).clamp(min=tiny).log()).log()
         return top_k(scores.clamp(min=tiny).log() + noise, maskable, k)
-    raise ValueError(f"unknown select {select!r}: high, low, mixed or sample")
+    raise ValueError(f"unknown select {select!r}: choose from {', '.join(SELECTS)}")
 
 
 @contextmanager
 def evaluating(model):
     """Puts a model into evaluation mode without gradients; restores each module's own mode."""
-    modes = [(module, module.training) for module in model.modules()]
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in in_training:
+            module.training = True
 
 
-def position_entropy(model, batch: "Batch", input_ids: Tensor, positions: Tensor,
-                     chunk: int = 128) -> Tensor:
-    """Returns the model's entropy at `positions` when it reads input_ids, in nats, 0 elsewhere.
+def position_entropy(model, batch: "Batch", input_ids: Tensor, mask: Tensor,
+                     chunk_bytes: int = 2 ** 26) -> Tensor:
+    """Returns the model's entropy where the mask is True when it reads input_ids, in nats, else 0.
 
-    input_ids (B, L), positions (B, L) bool -> (B, L). The model's mode, gradients and random state
-    stay as they are."""
+    input_ids (B, L), mask (B, L) bool -> (B, L). The model's mode, gradients and random state stay
+    as they are. chunk_bytes: how many bytes of logits are held at a time."""
     with evaluating(model):
-        hidden = model.hidden(input_ids, batch.attention_mask, batch.token_type_ids,
-                              positions=positions)  # (N, H)
+        hidden = model.encode(input_ids, batch.attention_mask, batch.token_type_ids,
+                              positions=query_positions(mask))  # (N, H)
         # In chunks: with BERT's vocabulary the logits of 4,096 tokens would fill half a gigabyte.
-        entropies = [token_entropy(model.logits(part)) for part in hidden.split(chunk)]
-    entropy = torch.zeros(positions.shape, device=positions.device)
-    return entropy.masked_scatter(positions, torch.cat(entropies))  # (B, L)
+        # A chunk of 64 MiB keeps a GPU busy for longer than it takes to launch the next one.
+        rows = max(1, chunk_bytes // (4 * model.config.vocab_size))  # 4 bytes a logit
+        entropies = [token_entropy(model.logits(part)) for part in hidden.split(rows)]
+    entropy = torch.zeros(mask.shape, device=mask.device)
+    return entropy.masked_scatter(mask, torch.cat(entropies))  # (B, L)
 
 
-def hidden_entropy(model, batch: "Batch", rate: float, mask_token_id: int,
+def masked_entropy(model, batch: "Batch", rate: float, mask_token_id: int,
                    generator: Generator = None) -> Tensor:
     """Returns the entropy of every maskable position while its token is hidden from the model.
 
@@ -204,14 +213,15 @@ def hidden_entropy(model, batch: "Batch", rate: float, mask_token_id: int,
     Each row's positions are dealt at random into ⌈1/rate⌉ groups, which are masked one after
     another, in as many passes. Returns (B, L) in nats, 0 where nothing is maskable."""
     groups = math.ceil(1 / rate)
-    # A random order with the maskable positions first. The argsort of an order is each one's rank.
+    # As cards are dealt: the maskable positions in a random order, one to each group in turn.
     draws = uniform(batch.maskable, generator).masked_fill(~batch.maskable, 2)  # 2: behind U[0, 1)
-    rank = draws.argsort(dim=1, stable=True).argsort(dim=1)  # (B, L)
-    entropy = torch.zeros(rank.shape, device=rank.device)
+    order = draws.argsort(dim=1, stable=True)  # (B, L), the position at each place of the order
+    place = order.argsort(dim=1)  # (B, L), the place of each position: sorting inverts an order
+    entropy = torch.zeros(place.shape, device=place.device)
     for group in range(groups):
-        positions = (rank % groups == group) & batch.maskable
-        masked_ids = batch.input_ids.masked_fill(positions, mask_token_id)
-        entropy += position_entropy(model, batch, masked_ids, positions)
+        mask = (place % groups == group) & batch.maskable
+        masked_ids = batch.input_ids.masked_fill(mask, mask_token_id)
+        entropy += position_entropy(model, batch, masked_ids, mask)
     return entropy
 
 
@@ -238,9 +248,9 @@ class Typhoon:
 
     def __init__(self, token_counts: Tensor, rate: float, spread: float = 0.4,
                  ema_weight: float = 0.8):
-        real = torch.float32 if token_counts.device.type == "mps" else torch.float64  # MPS has none
+        exact = torch.float32 if token_counts.device.type == "mps" else torch.float64  # MPS: no 64
         self.rate, self.spread, self.ema_weight = rate, spread, ema_weight
-        self.frequency = token_counts.to(real) / token_counts.sum()  # f, (V,)
+        self.frequency = token_counts.to(exact) / token_counts.sum()  # f, (V,)
         self.weight = torch.zeros_like(self.frequency)  # w, (V,)
         self.seen = torch.zeros_like(token_counts, dtype=torch.bool)  # (V,)
         # Row 0 sums saliencies, row 1 counts tokens; columns: V types visible, then V types masked.
@@ -258,9 +268,14 @@ class Typhoon:
 
         original_ids (B, L): the text before corruption; dot (B, L): `embedding_saliency` at those
         ids; maskable (B, L) bool; masked (B, L) bool: True where the model did not see the token,
-        None if it saw all. A token's saliency s is −dot where visible, +dot where masked ([T])."""
+        None if it saw all."""
         V = len(self.weight)
         masked = torch.zeros_like(maskable) if masked is None else masked
+        # dot is the slope of the loss along the token's one-hot entry. That entry is 1 where the
+        # token is visible and 0 where it is masked. To flip it, 1 → 0 or 0 → 1, changes the loss by
+        # −dot or +dot, to first order. This is the saliency s ([T]): how far the loss would rise.
+        # The two cases do not say the same. A token that helps the model has s > 0 where visible,
+        # since without it the loss would rise, but s < 0 where masked, since with it it would fall.
         s = torch.where(masked, dot, -dot).to(self.totals.dtype) * maskable  # (B, L)
         # One index_add_ in place of a loop over types: a visible token of type v adds itself to
         # column v, a masked one to column V + v; tokens that are not maskable add zeros.
@@ -303,21 +318,21 @@ class Typhoon:
         scaled = torch.where(scalable, (self.weight - low) / (high - low), 1)  # ŵ, (V,)
         u = 1 - self.spread + self.spread * scaled  # (V,), in [1 − σ, 1]
 
-        # Without the cap at 1, Σ f c u = rate gives c = rate / Σ f u. Where c u > 1 the cap cuts
-        # something off, which the other types must get. In falling order of u, the capped types are
-        # the first m. They give the expected rate F_m, the sum of their f; the others c Σ f u. So
-        # F_m + c Σ_{others} f u = rate, and c = (rate − F_m) / Σ_{others} f u. The right m is the
-        # first at which the highest of the others is within the cap.
+        # Without the cap at 1, Σ f c u = rate gives c = rate / Σ f u. With it, the types of the
+        # highest u have the rate 1, and the others must give the rest of the budget. If m types are
+        # capped, these give Σ_capped f, the others c Σ_others f u. Both together are the rate, so
+        # c = (rate − Σ_capped f) / Σ_others f u. All m are computed at once, as entries 0 to V − 1.
+        # The right one is the smallest m at which all others are within the cap: c u ≤ 1.
         falling, order = u.sort(descending=True)
         f = self.frequency[order]
-        F_m = f.cumsum(0) - f  # (V,), at m: Σ f over the m types before it
-        others = (f * falling).flip(0).cumsum(0).flip(0)  # (V,), at m: Σ f u from it to the end
-        c = (self.rate - F_m) / others.clamp(min=1e-30)  # (V,), a candidate for each m
-        m = (c * falling <= 1).to(torch.uint8).argmax()  # argmax finds the first 1
-        return (c[m] * u).clamp(max=1)
+        capped = f.cumsum(0) - f  # (V,), entry m: Σ f over the m types of the highest u
+        others = (f * falling).flip(0).cumsum(0).flip(0)  # (V,), entry m: Σ f u over all but these
+        c = (self.rate - capped) / others.clamp(min=1e-30)  # (V,)
+        m = (c * falling <= 1).byte().argmax()  # the first 1: the highest u of the others fits
+        # c[m] would make the program wait for a GPU to say what m is; gather does not.
+        return (c.gather(0, m[None]) * u).clamp(max=1)
 
-    def mask(self, input_ids: Tensor, maskable: Tensor,
-             generator: Generator = None) -> Tensor:
+    def mask(self, input_ids: Tensor, maskable: Tensor, generator: Generator = None) -> Tensor:
         """Returns a mask that takes each token independently, at its type's rate. (B, L) bool."""
         self.used = self.rates()[input_ids]  # (B, L), kept for the demo
         return (uniform(maskable, generator) < self.used) & maskable
@@ -338,11 +353,11 @@ def corrupt(input_ids: Tensor, mask: Tensor, mask_token_id: int, vocab_size: int
     corrupted = input_ids.masked_fill(mask & (dice < split[0]), mask_token_id)
     if split[1]:
         ordinary = vocab_size - len(special_ids)
-        words = (uniform(mask, generator) * ordinary).long()  # (B, L), from 0 to ordinary − 1
+        random_ids = (uniform(mask, generator) * ordinary).long()  # (B, L), 0 to ordinary − 1
         for special in sorted(special_ids):
-            words += words >= special  # step over the special ids
+            random_ids += random_ids >= special  # step over the special ids
         swap = mask & (dice >= split[0]) & (dice < split[0] + split[1])
-        corrupted = torch.where(swap, words, corrupted)
+        corrupted = torch.where(swap, random_ids, corrupted)
     return corrupted, labels
 
 
@@ -371,6 +386,7 @@ class Context:
     entropy_input: str = "masked"  # or "visible"
     spread: float = 0.4
     ema_weight: float = 0.8
+    progress: float = 0.0  # the fraction of the run that is done; the trainer sets it every step
 
 
 class Strategy:
@@ -388,8 +404,8 @@ class Strategy:
         """Returns (B, L) bool, True on the tokens to guess."""
         raise NotImplementedError
 
-    def observe(self, batch: Batch, hidden: Tensor | None, embedding_grad: Tensor):
-        """Is called after a backward pass. hidden (B, L) bool: True where the model did not see the
+    def observe(self, batch: Batch, unseen: Tensor | None, embedding_grad: Tensor):
+        """Is called after a backward pass. unseen (B, L) bool: True where the model did not see the
         token itself, None if it saw all; embedding_grad (B, L, H): with respect to the word
         embeddings that went in."""
 
@@ -420,8 +436,8 @@ class WholeWord(Strategy):
 class Entropy(Strategy):
     """`entropy_mask` by a frozen teacher's entropies, which never change and are looked up.
 
-    `mixed`, because a small model that must guess nothing but the most uncertain tokens does not
-    learn the common words (README)."""
+    `mixed`: half of the budget goes by entropy, the other half at random. A small model that must
+    guess nothing but the most uncertain tokens does not learn the common words."""
     needs_teacher = True
     select = "mixed"
 
@@ -464,10 +480,10 @@ class TyphoonStrategy(Strategy):
         self.scores = self.typhoon.used
         return mask
 
-    def observe(self, batch, hidden, embedding_grad):
+    def observe(self, batch, unseen, embedding_grad):
         weight = self.context.model.bert.embeddings.word_embeddings.weight
         dot = embedding_saliency(embedding_grad, weight, batch.input_ids)
-        self.typhoon.accumulate(batch.input_ids, dot, batch.maskable, hidden)
+        self.typhoon.accumulate(batch.input_ids, dot, batch.maskable, unseen)
 
     def end_step(self, reduce=None):
         self.typhoon.step(reduce)
@@ -507,7 +523,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 # --- a strategy by its name -----------------------------------------------------------------------
 
 # Once a process, so that a class stays the same one however often it is asked for.
-run_file = functools.cache(runpy.run_path)
+load_file = functools.cache(runpy.run_path)
 
 
 def find_strategy(name: str) -> type[Strategy]:
@@ -521,7 +537,7 @@ def find_strategy(name: str) -> type[Strategy]:
         raise argparse.ArgumentTypeError(
             f"{name!r} is unknown: choose from {', '.join(STRATEGIES)}, or give FILE.py:CLASS")
     try:
-        found = run_file(str(Path(file).resolve())).get(class_name)
+        found = load_file(str(Path(file).resolve())).get(class_name)
     except (Exception, SystemExit) as error:  # the user's file can raise anything
         raise argparse.ArgumentTypeError(f"{file} cannot be imported: {error!r}") from None
     is_strategy = isinstance(found, type) and issubclass(found, Strategy)
@@ -545,8 +561,9 @@ def strategy_label(name: str) -> str:
 # --- the demo -------------------------------------------------------------------------------------
 
 def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
-         names: list[str]) -> tuple[list[str], dict[str, list]]:
-    """Returns the L word pieces of a text, and by each strategy's label its L `cells`.
+         names: list[str]) -> tuple[list[str], dict[str, list[tuple[bool, float]]]]:
+    """Returns the L word pieces of a text, and by each strategy's label L cells: is the piece
+    masked, and the score by which this was decided, NaN where there is none.
 
     Raises InputError where the text has no word to mask."""
     encoding, most = tokenizer.encode(text), model.config.max_position_embeddings
@@ -558,95 +575,79 @@ def demo(text: str, model, tokenizer, teacher, rate: float, seed: int,
     mask_id, generator = tokenizer.token_to_id("[MASK]"), torch.Generator().manual_seed(seed)
     # The corpus is not at hand, but where it sees no word a masked LM guesses by frequency.
     with evaluating(model):
-        logits = model(batch.input_ids.masked_fill(maskable, mask_id), positions=maskable)
+        logits = model(batch.input_ids.masked_fill(maskable, mask_id))[maskable]  # (N, V)
     token_counts = 1e6 * logits.softmax(-1).mean(0)  # (V,), among a million tokens
     continuation = torch.zeros(len(token_counts), dtype=torch.bool)  # (V,), for this text's types
-    continuation[ids] = torch.tensor([piece.startswith("##") for piece in pieces])
-    entropy = hidden_entropy(teacher, batch, rate, mask_id, generator)
-    context = Context(rate, model, token_counts, continuation, mask_id, entropy,
-                      entropy_select="high")
+    prefix = tokenizer.model.continuing_subword_prefix  # "##" in BERT's own
+    continuation[ids] = torch.tensor([piece.startswith(prefix) for piece in pieces])
+    entropy = masked_entropy(teacher, batch, rate, mask_id, generator)
+    context = Context(rate, model, token_counts, continuation, mask_id, entropy, "high")
     columns = {}
     for name in names:
         strategy = find_strategy(name)(context)
         if strategy.wants_gradient:
-            feed(strategy, model, batch, context, generator)
+            feed(strategy, model, batch, generator)
         mask = strategy.mask(batch, generator)
         scores = entropy * math.nan if strategy.scores is None else strategy.scores.float()
+        scores = scores.masked_fill(~maskable | scores.isinf(), math.nan)
         label = strategy_label(name)[:13]  # what fits above a column
-        columns[label] = cells(mask[0], scores.masked_fill(~maskable, math.nan)[0])
+        columns[label] = list(zip(mask[0].tolist(), scores[0].tolist()))
     return pieces, columns
 
 
-def feed(strategy: Strategy, model, batch: Batch, context: Context, generator: Generator):
+def feed(strategy: Strategy, model, batch: Batch, generator: Generator):
     """Gives a strategy a step of gradients, from 16 random maskings of one text."""
     for _ in range(16):
-        mask = random_mask(batch.maskable, context.rate, generator)
-        corrupted = batch.input_ids.masked_fill(mask, context.mask_token_id)
+        mask = random_mask(batch.maskable, strategy.context.rate, generator)
+        corrupted = batch.input_ids.masked_fill(mask, strategy.context.mask_token_id)
         words = model.bert.embeddings.word_embeddings(corrupted).detach().requires_grad_()
-        loss = F.cross_entropy(model(inputs_embeds=words, positions=mask), batch.input_ids[mask],
-                               reduction="sum")  # a mean would be NaN where k is 0
+        logits = model(inputs_embeds=words)[mask]  # (N, V)
+        # The sum, since a mean would be NaN where N is 0.
+        loss = F.cross_entropy(logits, batch.input_ids[mask], reduction="sum")
         gradient, = torch.autograd.grad(loss, words)
-        strategy.observe(batch, mask, gradient)  # all that is masked is hidden, by [MASK]
+        strategy.observe(batch, mask, gradient)  # all that is masked is unseen, by [MASK]
     strategy.end_step()
 
 
-def cells(mask: Tensor, scores: Tensor) -> list[tuple[bool, str, float]]:
-    """Returns of each token: is it masked, its score as text, its score scaled to [0, 1].
-
-    mask (L,) bool; scores (L,), not finite where there is none: then "" and 0."""
-    known = scores.isfinite()
-    low = scores.masked_fill(~known, math.inf).min()
-    high = scores.masked_fill(~known, -math.inf).max()
-    heat = ((scores - low) / (high - low)).nan_to_num(0, 0, 0)  # also 0 where all are equal
-    numbers = [f"{score:.2f}" if math.isfinite(score) else "" for score in scores.tolist()]
-    return list(zip(mask.tolist(), numbers, heat.tolist()))
-
-
-def demo_lines(pieces: list[str], columns: dict[str, list], colour: bool) -> list[str]:
-    """Returns the demo for a terminal: a line for each word piece, a column for each strategy."""
+def demo_lines(pieces: list[str], columns: dict[str, list]) -> list[str]:
+    """Returns the demo as text: a line for each word piece, 15 characters for each strategy."""
     width = max(map(len, pieces)) + 2
     lines = [" " * width + "".join(f"{name:<15}" for name in columns)]
     for piece, *row in zip(pieces, *columns.values()):
-        line = f"{piece:<{width}}"
-        for masked, score, heat in row:
-            cell = f" {'[MASK]' if masked else '  .   '} {score:>6} "
-            if colour and score:  # white on one of six steps from black to red
-                cell = f"\x1b[48;5;{16 + 36 * int(5 * heat)}m\x1b[97m{cell}\x1b[0m"
-            line += f"\x1b[1m{cell}\x1b[0m" if colour and masked else cell
-        lines.append(line)
+        cells = [f"{'[MASK]' if masked else '':<6} {'' if math.isnan(score) else f'{score:.2f}':>5}"
+                 for masked, score in row]
+        lines.append(f"{piece:<{width}}" + "   ".join(cells))
     return lines
 
 
 SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" width="{}" height="{}" role="img">
 <title>What each strategy masks</title>
 <style>
-text {{ font: 13px monospace; fill: #1f2328 }} .bold {{ font-weight: bold }}
-.number {{ text-anchor: end }} .page {{ fill: #fff }} .heat {{ fill: #f08c00 }}
-.masked {{ fill: none; stroke: #1f2328; stroke-width: 2 }}
+text {{ font: 13px monospace; fill: #1f2328; white-space: pre }}
+.page {{ fill: #fff }} .heat {{ fill: #f08c00 }} .masked {{ stroke: #1f2328; stroke-width: 2 }}
 @media (prefers-color-scheme: dark) {{
-text {{ fill: #e6edf3 }} .page {{ fill: #0d1117 }} .heat {{ fill: #c2410c }}
-.masked {{ stroke: #e6edf3 }} }}
+text {{ fill: #e6edf3 }}
+.page {{ fill: #0d1117 }} .heat {{ fill: #c2410c }} .masked {{ stroke: #e6edf3 }} }}
 </style>
 <rect class="page" width="100%" height="100%"/>"""
 
 
 def demo_svg(pieces: list[str], columns: dict[str, list]) -> str:
-    """Returns the demo as an SVG drawing: a masked cell has a frame, its colour is the score."""
-    wide, high, left = 104, 24, 24 + 8 * max(map(len, pieces))  # a cell's size, where cells begin
-    text = '<text x="{}" y="{}" class="{}">{}</text>'.format
-    box = '<rect x="{}" y="{}" width="98" height="21" class="{}" fill-opacity="{:.2f}"/>'.format
-    drawn = [SVG_HEAD.format(left + wide * len(columns), high * (len(pieces) + 1) + 8)]
-    for row, piece in enumerate(pieces, start=1):
-        drawn.append(text(12, high * row + 17, "piece", html.escape(piece)))
-    for x, (name, column) in zip(itertools.count(left, wide), columns.items()):
-        drawn.append(text(x, 17, "bold", html.escape(name)))
-        for y, (masked, score, heat) in zip(itertools.count(high, high), column):
-            if score:
-                drawn.append(box(x, y + 1, "heat", 0.08 + 0.72 * heat))
-                drawn.append(text(x + wide - 12, y + 17, "number", score))
-            if masked:
-                drawn.append(box(x, y + 1, "masked", 0))
-                drawn.append(text(x + 6, y + 17, "bold", "[MASK]"))
+    """Returns `demo_lines` as a drawing: a masked cell has a frame, its colour is the score."""
+    lines = demo_lines(pieces, columns)  # a character is 8 wide, a line 24 high
+    drawn = [SVG_HEAD.format(8 * len(lines[0]) + 16, 24 * len(lines) + 8)]
+    left = 8 * (max(map(len, pieces)) + 3)
+    for x, column in zip(itertools.count(left, 8 * 15), columns.values()):
+        scores = [score for _, score in column if not math.isnan(score)] or [0]
+        low, span = min(scores), max(scores) - min(scores) or 1  # 1 where all are equal
+        for y, (masked, score) in zip(itertools.count(25, 24), column):
+            kind = "heat masked" if masked else "heat"
+            opacity = 0 if math.isnan(score) else 0.08 + 0.72 * (score - low) / span
+            drawn.append(f'<rect x="{x}" y="{y}" width="112" height="21" class="{kind}" '
+                         f'fill-opacity="{opacity:.2f}"/>')
+    for y, line in zip(itertools.count(17, 24), lines):
+        width = 8 * len(line)  # said, since each reader's font has its own
+        drawn.append(f'<text x="12" y="{y}" textLength="{width}">{html.escape(line)}</text>')
     return "\n".join([*drawn, "</svg>\n"])
 
 
@@ -665,16 +666,16 @@ def main(argv=None):
     if not (args.model or runs):
         raise InputError("there is no run here yet: run train.py first, or give --model")
     source = args.model or str(runs[-1].parent)
-    model, tokenizer = load_pretrained(source, head="mlm")
+    model, tokenizer = load_pretrained(source, "mlm")
     settings = Path(source) / "train_args.json"
-    teacher_dir = read_json(settings).get("teacher_dir") if settings.exists() else None
-    teacher = load_pretrained(teacher_dir, head="mlm")[0] if teacher_dir else model
+    teacher_name = read_json(settings).get("teacher") if settings.exists() else None
+    teacher = load_pretrained(teacher_name, "mlm")[0] if teacher_name else model
     names = [*STRATEGIES, args.masking] if args.masking else [*STRATEGIES]
     text = args.text.encode(errors="surrogateescape").decode(errors="replace")  # from any shell
     pieces, columns = demo(text, model.eval(), tokenizer, teacher.eval(), args.mask_rate,
                            args.seed, names)
-    print(f"model {source}, teacher {teacher_dir or 'the same'}, {args.mask_rate:.0%} masked")
-    print("\n".join(demo_lines(pieces, columns, colour=sys.stdout.isatty())))
+    print(f"model {source}, teacher {teacher_name or 'the same'}, {args.mask_rate:.0%} masked")
+    print("\n".join(demo_lines(pieces, columns)))
     print(f"""The numbers decided; the entropies and rarity take the highest ones.
 entropy: nats, one in {math.ceil(1 / args.mask_rate)} word pieces hidden from the teacher at a time
 self-entropy: nats, of candidates for twice the budget, all hidden from the model at once
