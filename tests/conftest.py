@@ -13,10 +13,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same for child processes
 
 @pytest.fixture
 def model():
-    """2 layers, width 16, 60 word pieces, no dropout; weights large enough that predictions differ."""
+    """2 layers, width 16, 60 word pieces, no dropout; weights so large that predictions differ."""
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-                        max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=24, max_position_embeddings=40, hidden_dropout_prob=0.0,
+                        attention_probs_dropout_prob=0.0)
     model = BertForMaskedLM(config)
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
@@ -25,12 +26,14 @@ def model():
 
 @pytest.fixture(scope="session")
 def english():
-    """(tokenizer, Texts): the language reference that ships with Python, 2,000 word pieces, windows of 64."""
+    """(tokenizer, Texts): the language reference that ships with Python, in 2,000 word pieces and
+    windows of 64."""
     topics = pytest.importorskip("pydoc_data.topics").topics
-    documents = [[" ".join(part.split()) for part in text.split("\n\n")] for text in topics.values()]
+    documents = train.as_documents(text.split("\n\n") for text in topics.values())
     tokenizer = train.train_tokenizer(documents, 2000)
     vocab = train.Vocab(tokenizer, 2000, torch.device("cpu"))
-    return tokenizer, train.Texts(torch.from_numpy(train.pack(documents, tokenizer, 64, "test")), vocab)
+    windows = torch.from_numpy(train.pack(documents, tokenizer, 64, "test"))
+    return tokenizer, train.Texts(windows, vocab)
 
 
 @pytest.fixture(scope="session")
