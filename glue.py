@@ -3,7 +3,7 @@
 GLUE is Wang et al. 2018 (arXiv 1804.07461); fine-tuning follows BERT (1810.04805, §4.1). `--adapt`
 first trains the masked LM on the task's own text with one of masking.py's strategies, as [T] does
 (Typhoon, 2303.15619). In order: the table of tasks, fine-tuning, batches, adaptation, metrics; then
-the files: loading, download, test predictions, results; the command line last.
+the files: loading, results; the command line last.
 
     python glue.py --task mrpc --model runs/entropy                 # fine-tune and evaluate
     python glue.py --task all --model bert-base-uncased             # nine tasks and the GLUE score
@@ -18,6 +18,8 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
 import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator
@@ -34,12 +36,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from masking import (STRATEGIES, Context, TyphoonStrategy, find_strategy, strategy_label,
+from masking import (STRATEGIES, Batch, Context, TyphoonStrategy, find_strategy, strategy_label,
                      strategy_name)
 from model import (InputError, Parser, RunError, can_write, find_pretrained, load_pretrained, log,
                    number, read_json, run_cli, save_pretrained, weights_digest, write_atomic)
-from train import (Recipe, Texts, Trainer, Vocab, add_masking_options, build_strategy, download,
-                   entropy_table, lr_at, make_optimizer, pick_device, unpack, use_bf16, versions)
+from train import (BELOW_1, COUNT, FRACTION, POSITIVE, Masking, Recipe, Texts, Trainer, Vocab,
+                   add_options, build_strategy, download, entropy_table, lr_at, make_optimizer,
+                   pick_device, use_bf16, versions)
 
 
 # --- the tasks ------------------------------------------------------------------------------------
@@ -65,11 +68,6 @@ class Task:
     skip_short: bool = False          # train and dev are known to have rows with too few columns
     # split -> alternative sets of files, where a split is not simply in FOLDER/SPLIT.tsv
     files: dict[str, tuple] = field(default_factory=dict)
-
-    def splits(self, kind: str) -> list[str]:
-        """The splits of a kind, "train", "dev" or "test". MNLI has two of dev and of test:
-        matched (the genres of train) and mismatched (other genres)."""
-        return [split for split in self.sizes if split.startswith(kind)]
 
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -159,25 +157,30 @@ def finetune(args: Namespace, data: Data | None = None) -> tuple[dict, nn.Module
     if args.seq_len > model.config.max_position_embeddings:
         raise InputError(f"{args.model} has {model.config.max_position_embeddings} positions: "
                          "lower --seq-len")
-    origin = provenance(args)
+    origin = provenance(args.model, args.teacher)
     freeze(model.to(device), args.freeze)
-    train = encode(subset(data.train, args.fraction, args.seed), tokenizer, args.seq_len)
-    dev = {name: encode(examples, tokenizer, args.seq_len) for name, examples in data.dev.items()}
+    train = tokenise(subset(data.train, args.fraction, args.seed), tokenizer, args.seq_len, model)
+    dev = {name: tokenise(examples, tokenizer, args.seq_len, model)
+           for name, examples in data.dev.items()}
 
     adaptation = None
     if args.adapt != "none":
-        adaptation = adapt(model, tokenizer, train, args, bf16)
-    torch.manual_seed(args.seed)  # of dropout: the same with and without --adapt
-    epochs, answers = fit(model, train, dev, args, bf16)
+        trainer = adaptation_trainer(args, model, tokenizer, train, bf16)
+        adaptation = adapt(trainer, tokenizer, f"{args.task}, {strategy_label(args.adapt)}")
+        # Into the encoder under the classifier; the masked LM has no pooler.
+        model.bert.load_state_dict(trainer.model.bert.state_dict(), strict=False)
+    # [T]'s 2e-5. A small model hardly moves with it and may end in a constant answer: for those the
+    # highest of the four learning rates that Turc et al. 2019 (1908.08962) tried on theirs.
+    lr = args.lr or (3e-4 if model.config.hidden_size <= 256 else 2e-5)
+    recipe = Recipe(steps=args.epochs * math.ceil(len(train.labels) / args.batch_size),
+                    batch_size=args.batch_size, lr=lr, warmup=args.warmup,
+                    weight_decay=args.weight_decay, seed=args.seed, bf16=bf16)
+    epochs, answers = fit(args.task, model, train, dev, recipe)
 
-    # The last epoch is the result. The best one is chosen on the very examples that it is scored
-    # on, so its score is too high, and the more so the more epochs there are to choose from.
-    best = max(epochs, key=lambda entry: score(entry["metrics"]))
     run = {"task": args.task, "model": args.model, "pattern": args.pattern,
            "strategy": args.label or strategy_label(args.adapt), "seed": args.seed,
            "args": vars(args), "versions": versions(), "device": device.type, "bf16": bf16,
-           **origin, "epochs": epochs, "last": epochs[-1]["metrics"],
-           "best": {"epoch": best["epoch"], **best["metrics"]},
+           "lr": lr, **origin, "epochs": epochs, "last": epochs[-1]["metrics"],
            "baseline": baseline(args.task, train.labels, dev["dev"].labels),
            "collapsed": is_constant(answers["dev"]["predictions"]),
            "adaptation": adaptation, "masked": adaptation and adaptation["masked"], **answers,
@@ -185,42 +188,41 @@ def finetune(args: Namespace, data: Data | None = None) -> tuple[dict, nn.Module
     return run, model, tokenizer
 
 
-def fit(model: nn.Module, train: "Encoded", dev: dict[str, "Encoded"], args: Namespace,
-        bf16: bool = False) -> tuple[list[dict], dict]:
-    """Fine-tunes `model` in place (BERT §4.1). Returns an entry per epoch, with the mean loss per
-    example and the metrics on dev, and `evaluate`'s answers after the last one.
+def fit(name: str, model: nn.Module, train: "Tokenised", dev: dict[str, "Tokenised"],
+        recipe: Recipe) -> tuple[list[dict], dict]:
+    """Fine-tunes `model` in place on the task `name` (BERT §4.1). Returns an entry per epoch, with
+    the mean loss per example and the metrics on dev, and `evaluate`'s answers after the last one.
 
-    Raises RunError within 50 steps of a loss that is not finite."""
-    device = model.classifier.weight.device
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    steps = args.epochs * math.ceil(len(train) / args.batch_size)
+    recipe.steps: a whole number of epochs. Raises RunError within 50 steps of a loss that is not
+    finite."""
+    torch.manual_seed(recipe.seed)  # of dropout: the same with and without --adapt
+    optimizer, targets = make_optimizer(model, recipe.lr, recipe.weight_decay), train.targets()
+    steps_per_epoch = math.ceil(len(targets) / recipe.batch_size)
     epochs, step = [], 0
-    with tqdm(total=steps, desc=args.task, leave=False, disable=None) as bar:
-        for epoch in range(1, args.epochs + 1):
-            model.train()
-            total = torch.zeros((), device=device)
-            rng = np.random.default_rng((args.seed, epoch))
-            batches = bucketed_batches(train.lengths, args.batch_size, rng)
-            for index in batches:  # (B,)
-                inputs, labels = collate(train, index, model), train.targets(index, device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = task_loss(model(**inputs), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                rate = args.lr * lr_at(step, steps, args.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                # On the device, for a GPU works ahead of Python until a number is read from it.
-                total += loss.detach() * len(index)
-                step += 1
-                bar.update()
-                if step % 50 == 0 or index is batches[-1]:
-                    bar.set_postfix(loss=f"{finite(loss, step, '--lr'):.3f}", lr=f"{rate:.1e}")
-            values, answers = evaluate(args.task, model, dev, bf16)
-            epochs.append({"epoch": epoch, "train_loss": total.item() / len(train),
-                           "metrics": values})
+    for epoch in range(1, recipe.steps // steps_per_epoch + 1):
+        model.train()
+        total = torch.zeros((), device=targets.device)
+        rng = np.random.default_rng((recipe.seed, epoch))
+        batches = bucketed_batches(train.texts.lengths.numpy(), recipe.batch_size, rng)
+        bar = tqdm(batches, f"{name}, epoch {epoch}", leave=False, disable=None)
+        for index in bar:  # (B,)
+            batch = train.texts.batch(torch.from_numpy(index))
+            loss = task_loss(logits_of(model, batch, recipe.bf16), targets[batch.index])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            lr = recipe.lr * lr_at(step, recipe.steps, recipe.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            # On the device, for a GPU works ahead of Python until a number is read from it.
+            total += loss.detach() * len(index)
+            step += 1
+            if step % 50 == 0 or step % steps_per_epoch == 0:
+                bar.set_postfix(loss=f"{finite(loss, step, '--lr'):.3f}", lr=f"{lr:.1e}")
+        values, answers = evaluate(name, model, dev, recipe.bf16)
+        epochs.append({"epoch": epoch, "train_loss": total.item() / len(targets),
+                       "metrics": values})
     return epochs, answers
 
 
@@ -243,22 +245,26 @@ def finite(loss: Tensor, step: int, remedy: str) -> float:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: "Encoded", bf16: bool = False, size: int = 128) -> np.ndarray:
+def predict(model: nn.Module, data: "Tokenised", bf16: bool = False, size: int = 128) -> np.ndarray:
     """Classes (n,) int64, or scores (n,) float64, in the order of the examples; `size` of them go
     through the model at once. Raises RunError where an output is NaN or infinite."""
     model.eval()
-    order = np.argsort(data.lengths, kind="stable")  # short beside short: little padding
-    logits = torch.empty(len(data), model.classifier.out_features)  # (n, C)
-    for index in np.split(order, range(size, len(order), size)):
-        inputs = collate(data, index, model)
-        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=bf16):
-            logits[index] = model(**inputs).float().cpu()
+    order = data.texts.lengths.argsort(stable=True)  # short beside short: little padding
+    parts = [logits_of(model, data.texts.batch(index), bf16) for index in order.split(size)]
+    logits = torch.empty(len(order), model.classifier.out_features)  # (n, C)
+    logits[order] = torch.cat(parts).float().cpu()  # a GPU is waited for here, once
     if not logits.isfinite().all():
         raise RunError("the model's outputs are not finite: lower --lr")
     return (logits[:, 0].double() if logits.shape[1] == 1 else logits.argmax(1)).numpy()
 
 
-def evaluate(name: str, model: nn.Module, dev: dict[str, "Encoded"],
+def logits_of(model: nn.Module, batch: Batch, bf16: bool | None) -> Tensor:
+    """Logits (B, C)."""
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bool(bf16)):
+        return model(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+
+
+def evaluate(name: str, model: nn.Module, dev: dict[str, "Tokenised"],
              bf16: bool = False) -> tuple[dict[str, float], dict[str, dict]]:
     """Returns the metrics on dev, and each dev set's answers: predictions and labels. For MNLI,
     accuracy_mm is the accuracy on the mismatched set."""
@@ -281,9 +287,8 @@ def is_constant(predictions: list) -> bool:
 def subset(examples: list, fraction: float, seed: int) -> list:
     """A random share of the examples, in their order. The seed fixes it, and the share for a
     smaller fraction is part of the share for a larger one."""
-    count = max(1, round(fraction * len(examples)))
-    chosen = np.random.default_rng(seed).permutation(len(examples))[:count]
-    return [examples[i] for i in np.sort(chosen)]
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [examples[i] for i in sorted(order[:max(1, round(fraction * len(examples)))])]
 
 
 def freeze(model: nn.Module, what: str):
@@ -303,41 +308,39 @@ def freeze(model: nn.Module, what: str):
 # --- batches --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Encoded:
-    """A split as word pieces: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (BERT §3.2, figure 1)."""
-    input_ids: list[Tensor]  # n rows of int32, each as long as its example
-    second: Tensor           # (n,) column where the second text begins; the row's end if none does
-    labels: np.ndarray       # (n,) int64 classes or float64 scores; zeros on test
-    pad_id: int              # the tokenizer's [PAD]
+class Tokenised:
+    """Examples as word pieces on the model's device."""
+    texts: Texts        # [CLS] a [SEP], or [CLS] a [SEP] b [SEP] (BERT §3.2, figure 1), padded
+    labels: np.ndarray  # (n,) int64 classes or float64 scores; zeros on test
 
-    def __len__(self):
-        return len(self.input_ids)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(row) for row in self.input_ids])
-
-    def targets(self, index, device: torch.device) -> Tensor:
-        """Classes (B,) long, or scores (B,) float32."""
-        labels = torch.from_numpy(self.labels[index])
-        return (labels.float() if labels.is_floating_point() else labels).to(device)
+    def targets(self) -> Tensor:
+        """Classes (n,) long, or scores (n,) float32, on the texts' device."""
+        kind = torch.float32 if self.labels.dtype.kind == "f" else torch.int64
+        return torch.tensor(self.labels, dtype=kind, device=self.texts.input_ids.device)
 
 
-def encode(examples: list[Example], tokenizer, max_length: int, chunk: int = 4096) -> Encoded:
+def tokenise(examples: list[Example], tokenizer: Tokenizer, max_length: int,
+             model: nn.Module) -> Tokenised:
     """The examples as word pieces, each at most max_length long, special tokens included. Of a pair
     that is too long, the longer text is cut first, so that a short second text stays whole."""
+    pad, device = tokenizer.token_to_id("[PAD]"), model.classifier.weight.device
+    vocab = Vocab(tokenizer, model.config.vocab_size, device)
     tokenizer = copy.deepcopy(tokenizer)  # the caller's is saved with the model, and stays as it is
     cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]"))
     tokenizer.post_processor = processors.BertProcessing(sep, cls)  # a tokenizer.json may lack it
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     texts = [(a, b) if b is not None else a for a, b, _ in examples]
-    input_ids, second = [], []
-    for start in tqdm(range(0, len(texts), chunk), "tokenize", leave=False, disable=None):
-        for encoding in tokenizer.encode_batch_fast(texts[start:start + chunk]):
-            input_ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
-            second.append(len(encoding.ids) - sum(encoding.type_ids))  # type ids: 0 ... 0 1 ... 1
+    ids, types = [], []  # a row for each example
+    for start in tqdm(range(0, len(texts), 4096), "tokenising", leave=False, disable=None):
+        for encoding in tokenizer.encode_batch_fast(texts[start:start + 4096]):
+            ids.append(torch.tensor(encoding.ids, dtype=torch.int32))
+            types.append(torch.tensor(encoding.type_ids, dtype=torch.uint8))  # 0 ... 0 1 ... 1
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad).to(device)  # (n, L)
+    second = pad_sequence(types, batch_first=True)  # (n, L), 1 on the second text
+    typed = model.config.type_vocab_size > 1 and second.any()
+    token_type_ids = second.to(device) if typed else None
     labels = np.array([0 if label is None else label for _, _, label in examples])
-    return Encoded(input_ids, torch.tensor(second), labels, tokenizer.token_to_id("[PAD]"))
+    return Tokenised(Texts(input_ids, vocab, token_type_ids), labels)
 
 
 def bucketed_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator,
@@ -355,24 +358,6 @@ def bucketed_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Genera
         part = part[np.argsort(lengths[part], kind="stable")]
         batches += np.split(part, range(batch_size, len(part), batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def collate(data: Encoded, index: np.ndarray, model: nn.Module) -> dict[str, Tensor | None]:
-    """The model's arguments for the examples number `index` (B,), padded to the longest of them, on
-    the model's device. attention_mask is None where nothing is padded; token_type_ids is None where
-    the model or the examples have one type only."""
-    device = model.classifier.weight.device
-    chosen = [data.input_ids[i] for i in index]
-    input_ids = pad_sequence(chosen, batch_first=True, padding_value=data.pad_id).long()  # (B, L)
-    lengths = torch.tensor([len(row) for row in chosen])                                   # (B,)
-    column = torch.arange(input_ids.shape[1])                                              # (L,)
-    real = column < lengths[:, None]                                                       # (B, L)
-    in_second = (column >= data.second[index][:, None]) & real                              # (B, L)
-    types = model.bert.embeddings.token_type_embeddings
-    typed = types is not None and types.num_embeddings > 1 and bool(in_second.any())
-    return {"input_ids": input_ids.to(device),
-            "attention_mask": None if real.all() else real.to(device),
-            "token_type_ids": in_second.long().to(device) if typed else None}
 
 
 # --- adaptation: the masked LM on the task's own text ([T]) ---------------------------------------
@@ -419,62 +404,57 @@ class TaskTyphoon(TyphoonStrategy):
         self.head_optimizer.zero_grad()
 
 
-def adapt(model: nn.Module, tokenizer, train: Encoded, args: Namespace, bf16: bool = False) -> dict:
-    """Trains the masked LM on the task's training text with train.py's step, then copies the
-    encoder into `model`.
-
-    Returns steps; masked, the share of the ordinary tokens; loss, the last epoch's mean in nats,
-    which compares no strategies, for hard tokens cost more; and for Typhoon the word pieces with
-    the most extreme rates. Raises RunError within 50 steps of a loss that is not finite."""
-    device = model.classifier.weight.device
-    mlm = load_pretrained(args.model, "mlm", dropout=args.dropout)[0].to(device).train()
-    vocab = Vocab(tokenizer, mlm.config.vocab_size, device)
-    whole = collate(train, np.arange(len(train)), model)
-    texts = Texts(whole["input_ids"].int(), vocab, whole["token_type_ids"])
-
-    kind, table = find_strategy(args.adapt), None
+def adaptation_trainer(args: Namespace, model: nn.Module, tokenizer: Tokenizer, train: Tokenised,
+                       bf16: bool) -> Trainer:
+    """train.py's trainer for the masked LM of --model, on the task's training text, with the
+    strategy --adapt. model: the classifier, whose head Typhoon's probe copies."""
+    texts, kind, table = train.texts, find_strategy(args.adapt), None
+    mlm = load_pretrained(args.model, "mlm", dropout=args.dropout)[0]
+    mlm.to(texts.input_ids.device).train()
     if kind.needs_teacher:
-        teacher = frozen_teacher(mlm, tokenizer, args)
+        teacher = frozen_teacher(mlm, tokenizer, args.teacher)
         table = entropy_table(teacher, texts, args.entropy_input, args.mask_rate, bf16)
     strategy = build_strategy(args.adapt, mlm, texts, args, table)
     if kind is TyphoonStrategy and args.typhoon_loss == "task":
-        labels = train.targets(slice(None), device)  # (n,)
-        strategy = TaskTyphoon(strategy.context, model, labels, args.adapt_lr, args.weight_decay)
+        strategy = TaskTyphoon(strategy.context, model, train.targets(), args.adapt_lr,
+                               args.weight_decay)
+    recipe = Recipe(steps=args.adapt_epochs * math.ceil(len(texts) / args.adapt_batch_size),
+                    batch_size=args.adapt_batch_size, lr=args.adapt_lr,
+                    weight_decay=args.weight_decay, corruption=args.corruption,
+                    seed=args.seed, bf16=bf16)
+    return Trainer(mlm, texts, strategy, recipe)
 
-    steps_per_epoch = math.ceil(len(texts) / args.adapt_batch_size)
-    steps = args.adapt_epochs * steps_per_epoch
-    recipe = Recipe(
-        steps=steps, batch_size=args.adapt_batch_size, lr=args.adapt_lr,
-        weight_decay=args.weight_decay, corruption=tuple(args.corruption), seed=args.seed,
-        bf16=bf16)
-    trainer = Trainer(mlm, texts, strategy, recipe)
-    results, title = [], f"{args.task}, adapting by {strategy_label(args.adapt)}"
-    with tqdm(range(steps), title, leave=False, disable=None) as bar:
-        for step in bar:
-            results.append(trainer.step(step))
-            if (step + 1) % 50 == 0 or step + 1 == steps:
-                bar.set_postfix(loss=f"{finite(results[-1][0], step + 1, '--adapt-lr'):.3f}")
-    model.bert.load_state_dict(mlm.bert.state_dict(), strict=False)  # the masked LM has no pooler
 
+def adapt(trainer: Trainer, tokenizer: Tokenizer, title: str) -> dict:
+    """Takes the trainer's steps. Returns steps; masked, the share of the ordinary tokens; loss, the
+    last epoch's mean in nats, which compares no strategies, for hard tokens cost more; and for
+    Typhoon the word pieces with the most extreme rates. Raises RunError within 50 steps of a loss
+    that is not finite."""
+    recipe, texts, results = trainer.recipe, trainer.texts, []
+    bar = tqdm(range(recipe.steps), title, leave=False, disable=None)
+    for step in bar:
+        results.append(trainer.step(step))
+        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
+            bar.set_postfix(loss=f"{finite(results[-1][0], step + 1, '--adapt-lr'):.3f}")
     loss, _, masked, maskable = torch.stack(results).cpu().T  # (steps,) each
     # Every masked token counts the same. Short texts may leave a step nothing to guess: its loss is
     # 0 and means nothing.
-    last = slice(-steps_per_epoch, None)
+    last = slice(-math.ceil(len(texts) / recipe.batch_size), None)
     nats, guessed = (loss * masked)[last].sum(), masked[last].sum()
-    found = {"steps": steps, "loss": (nats / guessed.clamp(min=1)).item(),
+    found = {"steps": recipe.steps, "loss": (nats / guessed.clamp(min=1)).item(),
              "masked": (masked.sum() / maskable.sum().clamp(min=1)).item()}
-    if isinstance(strategy, TyphoonStrategy):
-        rates = strategy.typhoon.rates()
+    if isinstance(trainer.strategy, TyphoonStrategy):
+        rates = trainer.strategy.typhoon.rates()
         found["typhoon"] = extreme_rates(rates, texts.token_counts(), tokenizer)
     return found
 
 
-def frozen_teacher(mlm: nn.Module, tokenizer, args: Namespace) -> nn.Module:
-    """--teacher, or else a copy of the model before it is adapted; frozen. Raises InputError on a
-    teacher with another vocabulary."""
+def frozen_teacher(mlm: nn.Module, tokenizer: Tokenizer, name: str | None) -> nn.Module:
+    """The model `name`, by default a copy of the masked LM before it is adapted; frozen. Raises
+    InputError on a teacher with another vocabulary."""
     teacher = copy.deepcopy(mlm)
-    if args.teacher:
-        teacher, pieces = load_pretrained(args.teacher, "mlm", whole=True)
+    if name:
+        teacher, pieces = load_pretrained(name, "mlm", whole=True)
         if pieces.get_vocab() != tokenizer.get_vocab():
             raise InputError(f"--teacher has {pieces.get_vocab_size():,} word pieces, --model "
                              f"{tokenizer.get_vocab_size():,}, and they are not the same: choose "
@@ -483,14 +463,16 @@ def frozen_teacher(mlm: nn.Module, tokenizer, args: Namespace) -> nn.Module:
 
 
 def extreme_rates(rates: Tensor, counts: Tensor, tokenizer, least: int = 5,
-                  show: int = 12) -> dict[str, list]:
+                  most: int = 12) -> dict[str, list]:
     """The word pieces with the highest and the lowest masking rates, of those that the task's text
     holds at least `least` times: {"highest": [[piece, rate, count], ...], "lowest": ...}.
 
     rates, counts: (V,)."""
-    falling = [i for i in rates.argsort(descending=True).tolist() if counts[i] >= least]
-    found = [[tokenizer.id_to_token(i), round(rates[i].item(), 4), int(counts[i])] for i in falling]
-    return {"highest": found[:show], "lowest": found[::-1][:show]}
+    rates, counts = torch.stack([rates, counts.to(rates.dtype)]).tolist()  # read in one go
+    known = [i for i, count in enumerate(counts) if count >= least]
+    falling = sorted(known, key=lambda i: -rates[i])
+    found = [[tokenizer.id_to_token(i), round(rates[i], 4), int(counts[i])] for i in falling]
+    return {"highest": found[:most], "lowest": found[::-1][:most]}
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -571,16 +553,19 @@ def baseline(name: str, train_labels: np.ndarray, dev_labels: np.ndarray) -> dic
 def load_data(name: str, data_dir: str | Path, test: bool = False) -> Data:
     """All that a run needs, with test=True also what the GLUE server wants predicted: MNLI's model
     predicts AX too."""
-    task, tests = TASKS[name], {}
-    train = load_task(name, "train", data_dir)
-    dev = {split.replace("dev_matched", "dev"): load_task(name, split, data_dir)
-           for split in task.splits("dev")}  # MNLI's main set is then called as any other task's
+    folder, sizes = TASKS[name].folder, TASKS[name].sizes
+    loaded = {split: load_task(name, split, data_dir) for split in sizes
+              if test or not split.startswith("test")}
+    # MNLI has two sets of dev and of test: matched (the genres of train), whose dev is called as
+    # any other task's, and mismatched (other genres).
+    dev = {split.replace("dev_matched", "dev"): examples for split, examples in loaded.items()
+           if split.startswith("dev")}
     endings = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
-    for split in task.splits("test") if test else []:
-        tests[f"{task.folder}{endings[split]}.tsv"] = load_task(name, split, data_dir)
+    tests = {f"{folder}{endings[split]}.tsv": examples for split, examples in loaded.items()
+             if split in endings}
     if test and name == "mnli":
         tests["AX.tsv"] = load_task("ax", "test", data_dir)
-    return Data(train, dev, tests)
+    return Data(loaded["train"], dev, tests)
 
 
 def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
@@ -590,15 +575,15 @@ def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
     On test the labels are None, even where the file has them. Logs a row count that is not the
     official one. Raises InputError, naming file and line, on what is not the task's."""
     task = TASKS[name]
-    split = next(iter(task.splits(split)), split)
+    split = next((found for found in task.sizes if found.startswith(split)), split)
     official = task.sizes[split]
     path, *dev_ids = locate(task, split, Path(data_dir))
     labelled = not split.startswith("test")
     columns = [task.text_a, task.text_b, task.label if labelled else None]
     header = task.header if labelled else ()
-    rows = read_rows(path, filter(None, columns), header, task.skip_short and labelled)
+    rows = read_table(path, filter(None, columns), header, task.skip_short and labelled)
     if dev_ids:  # MRPC's train and dev share a file, and another one lists the pairs of dev
-        pairs = {tuple(row.values()) for _, row in read_rows(dev_ids[0], header=MRPC_IDS)}
+        pairs = {tuple(row.values()) for _, row in read_table(dev_ids[0], header=MRPC_IDS)}
         rows = ((place, row) for place, row in rows
                 if ((row["#1 ID"], row["#2 ID"]) in pairs) == (split == "dev"))
     examples = []
@@ -617,7 +602,7 @@ REPAIR = "correct it, or copy or download the file again"
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte not UTF-8
 
 
-def read_rows(path: Path, columns=(), header=(), skip_short=False) -> Iterator[tuple[str, dict]]:
+def read_table(path: Path, columns=(), header=(), skip_short=False) -> Iterator[tuple[str, dict]]:
     """Yields the rows, {column: text}, of a tab-separated file, each after its place, "FILE, line
     N". A BOM and empty lines are passed over; quotation marks mean nothing in GLUE's files.
 
@@ -659,8 +644,6 @@ def parse_label(task: Task, text: str, place: str) -> int | float:
     return float(text)
 
 
-# --- download -------------------------------------------------------------------------------------
-
 def locate(task: Task, split: str, data_dir: Path) -> list[Path]:
     """The files of a split, downloaded if they are not there: one, and for MRPC also the list of
     the pairs that belong to dev. Raises InputError."""
@@ -681,35 +664,33 @@ def fetch(task: Task, data_dir: Path):
     for address, sha256 in task.sha256.items():
         url = urljoin(GLUE_URL, address)  # a whole address stays as it is
         name = url.rpartition("/")[2]
-        if name.endswith(".zip"):  # it holds the task's folder
-            unpack(download(url, data_dir / name, sha256), data_dir)
-            (data_dir / name).unlink(missing_ok=True)
-        else:
+        if not name.endswith(".zip"):
             download(url, data_dir / task.folder / name, sha256)
+            continue
+        archive = download(url, data_dir / name, sha256)  # it holds the task's folder
+        # Unpacked aside, without members that lead out of there: an interruption cuts no file.
+        with tempfile.TemporaryDirectory(dir=data_dir) as aside:
+            shutil.unpack_archive(archive, aside)
+            shutil.copytree(aside, data_dir, dirs_exist_ok=True, copy_function=os.replace)
+        archive.unlink(missing_ok=True)
 
 
 # --- results --------------------------------------------------------------------------------------
 
-def write_predictions(model: nn.Module, tokenizer, tests: dict[str, list[Example]],
-                      args: Namespace, bf16: bool = False):
-    """Writes the GLUE server's files into args.predict: a header, then index and prediction."""
-    labels = TASKS[args.task].labels
-    for file, examples in tests.items():
-        predictions = predict(model, encode(examples, tokenizer, args.seq_len), bf16)
-        if labels:
-            answers = [labels[prediction] for prediction in predictions]
-        else:
-            answers = [f"{prediction:.3f}" for prediction in predictions.clip(0, 5)]
-        lines = [f"{i}\t{answer}\n" for i, answer in enumerate(answers)]
-        write_atomic(Path(args.predict) / file, "index\tprediction\n" + "".join(lines))
+def server_file(task: Task, predictions: np.ndarray) -> str:
+    """A file for the GLUE server: a header, then a line an example, its number and prediction."""
+    answers = [task.labels[prediction] for prediction in predictions] if task.labels else [
+        f"{prediction:.3f}" for prediction in predictions.clip(0, 5)]
+    lines = [f"{i}\t{answer}\n" for i, answer in enumerate(answers)]
+    return "index\tprediction\n" + "".join(lines)
 
 
-def provenance(args: Namespace) -> dict:
+def provenance(model: str, teacher: str | None) -> dict:
     """Where a run's weights come from: the sha256 of the model's and of the teacher's, and the
     arguments of the model's pretraining, None where it is not a run of train.py."""
-    settings = find_pretrained(args.model) / "train_args.json"
-    return {"weights": weights_digest(args.model),
-            "teacher_weights": weights_digest(args.teacher) if args.teacher else None,
+    settings = find_pretrained(model) / "train_args.json"
+    return {"weights": weights_digest(model),
+            "teacher_weights": weights_digest(teacher) if teacher else None,
             "pretraining": read_json(settings) if settings.exists() else None}
 
 
@@ -735,13 +716,15 @@ def refuse_to_replace(args: Namespace):
         return
     if not isinstance(earlier.get("args"), dict):
         raise InputError(f"{path} is not a result of glue.py: {remedy}")
-    origin = provenance(args)
-    del origin["pretraining"]  # the same weights had the same
     before = earlier | earlier["args"]
-    for name, value in sorted((vars(args) | origin).items()):
-        if name not in NO_SETTING and before.get(name) != value:
-            raise InputError(f"{path} holds a run that differs in {name} ({before.get(name)} "
-                             f"there, {value} here): {remedy}")
+    now = vars(args) | provenance(args.model, args.teacher)
+    del now["pretraining"]  # the same weights had the same
+    for name in sorted(now.keys() - NO_SETTING):
+        if before.get(name) != now[name]:
+            there, here = ("the default" if value is None else value
+                           for value in (before.get(name), now[name]))
+            raise InputError(f"{path} holds a run that differs in {name} ({there} there, {here} "
+                             f"here): {remedy}")
 
 
 def describe(run: dict) -> str:
@@ -755,32 +738,27 @@ def describe(run: dict) -> str:
         for end, pieces in found.get("typhoon", {}).items():
             rates = ", ".join(f"{piece} {rate:.3f}" for piece, rate, _ in pieces)
             lines.append(f"  {end} masking rates: {rates}")
-    lines += [f"  last epoch ({len(run['epochs'])})     {show(run['last'])}",
-              f"  best epoch ({run['best']['epoch']})     {show(run['best'])}   (chosen on dev "
-              "itself: it overstates)",
-              f"  constant answer    {show(run['baseline'])}"]
+    lines += [f"  last epoch ({len(run['epochs'])})     {format_metrics(run['last'])}",
+              f"  constant answer    {format_metrics(run['baseline'])}"]
     if run["collapsed"]:
         lines.append("  collapsed: the model gives every dev example the same answer, whatever its "
                      "text; another --lr or --seed, or more --epochs, may help")
     return "\n".join(lines)
 
 
-def show(values: dict[str, float]) -> str:
-    """The metrics, without the number of the epoch that stands beside the best ones."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "epoch")
+def format_metrics(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
 def score_table(runs: list[dict]) -> str:
-    """The scores of the tasks and their mean, the GLUE score: of the last epoch, which counts, of
-    the best epoch, and of the constant answer."""
-    line = "{:<12}{:>8.4f}{:>8.4f}{:>10.4f}   {}"
-    lines = [f"{'task':<12}{'last':>8}{'best':>8}{'constant':>10}   metrics of the last epoch"]
-    scores = []
-    for run in runs:
-        best = max(score(epoch["metrics"]) for epoch in run["epochs"])
-        scores.append([score(run["last"]), best, score(run["baseline"])])
+    """The scores of the tasks, the constant answer's beside them, and their means: the first is the
+    GLUE score."""
+    line = "{:<12}{:>8.4f}{:>10.4f}   {}"
+    lines = [f"{'task':<12}{'score':>8}{'constant':>10}   metrics of the last epoch"]
+    scores = [(score(run["last"]), score(run["baseline"])) for run in runs]
+    for run, both in zip(runs, scores):
         remark = "  (collapsed)" if run["collapsed"] else ""
-        lines.append(line.format(run["task"], *scores[-1], show(run["last"]) + remark))
+        lines.append(line.format(run["task"], *both, format_metrics(run["last"]) + remark))
     lines.append(line.format("GLUE score", *np.mean(scores, axis=0), "").rstrip())
     return "\n".join(lines)
 
@@ -797,27 +775,24 @@ def freezable(text: str) -> str:
 def make_parser() -> Parser:
     """Every option of the command line, with its default."""
     parser = Parser(description="Fine-tune and evaluate on GLUE.")
-    count, positive = number(int, low=1), number(float, above=0)
-    share, below_one = number(float, low=0, high=1), number(float, low=0, below=1)
-
     add = parser.add_argument_group("what to run").add_argument
     add("--task", required=True, choices=[*NINE, "all"], metavar="TASK",
         help=f"{', '.join(NINE)}, or all: these nine")
     add("--model", required=True, help="a run of train.py, a Hugging Face directory or a hub name")
-    add("--data-dir", default=os.environ.get("GLUE_DIR", "data/glue"),
-        help="what is missing there is downloaded")
+    add("--data-dir", default=os.environ.get("GLUE_DIR", "data/glue"), help="downloads go there")
     add("--seed", type=number(int, low=0, below=2**63), default=0,
         help="of the head, the data's order, the masks and dropout")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--bf16", action=BooleanOptionalAction, help="bfloat16 (default: on a GPU that has it)")
 
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--epochs", type=count, default=3, help="passes over the training examples")
-    add("--batch-size", type=count, default=16, help="examples an optimizer step")
-    add("--lr", type=positive, default=2e-5, help="peak learning rate of AdamW")
-    add("--warmup", type=share, default=0.1, help="share of the steps before --lr is reached")
+    add("--epochs", type=COUNT, default=3, help="passes over the training examples")
+    add("--batch-size", type=COUNT, default=16, help="examples an optimizer step")
+    add("--lr", type=POSITIVE,
+        help="peak learning rate of AdamW (default: 2e-5, or 3e-4 for a model at most 256 wide)")
+    add("--warmup", type=FRACTION, default=0.1, help="share of the steps before --lr is reached")
     add("--weight-decay", type=number(float, low=0), default=0.01, help="--adapt has it too")
-    add("--dropout", type=below_one, default=0.1, help="in fine-tuning and adaptation")
+    add("--dropout", type=BELOW_1, default=0.1, help="in fine-tuning and adaptation")
     add("--seq-len", type=number(int, low=8), default=128, help="word pieces an example")
     add("--fraction", type=number(float, above=0, high=1), default=1.0,
         help="train on this share of the examples, the same for every strategy")
@@ -829,17 +804,16 @@ def make_parser() -> Parser:
         type=lambda text: text if text == "none" else strategy_name(text),
         help=f"train the masked LM on the task's text: none, {', '.join(STRATEGIES)}, or "
              "FILE.py:CLASS")
-    add("--adapt-epochs", type=count, default=3, help="passes over the text of the examples")
-    add("--adapt-batch-size", type=count, default=16, help="examples an optimizer step")
-    add("--adapt-lr", type=positive, default=1e-4, help="peak learning rate")
-    add_masking_options(add, corruption=[1.0, 0.0, 0.0], entropy_select="high")
+    add("--adapt-epochs", type=COUNT, default=3, help="passes over the text of the examples")
+    add("--adapt-batch-size", type=COUNT, default=16, help="examples an optimizer step")
+    add("--adapt-lr", type=POSITIVE, default=1e-4, help="peak learning rate")
+    add_options(add, Masking, corruption=[1.0, 0.0, 0.0], entropy_select="high")
     add("--typhoon-loss", choices=["task", "mlm"], default="task",
         help="whose gradient feeds Typhoon: the labels' or the masked LM's")
     add("--teacher", help="for entropy (default: the model before it is adapted, frozen)")
 
     add = parser.add_argument_group("what to keep").add_argument
-    add("--json", metavar="FILE",
-        help="the run's file (default: runs/glue/TASK-MODEL-STRATEGY-SEED.json)")
+    add("--json", metavar="FILE", help="default: runs/glue/TASK-MODEL-STRATEGY-SEED.json")
     add("--save", metavar="DIR", help="keep the fine-tuned model; with --task all a folder a task")
     add("--predict", metavar="DIR", help="write the GLUE server's files of test predictions")
     add("--label", help="what the run's file calls the strategy (default: that of --adapt)")
@@ -865,38 +839,41 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 
+def run_task(args: Namespace, data: Data) -> dict:
+    """Fine-tunes on one task, prints and keeps what comes of it, and returns the run."""
+    run, model, tokenizer = finetune(args, data)
+    print(describe(run), flush=True)
+    # The scores first: a disk that is full by then does not take them.
+    write_atomic(run_file(args), json.dumps(run) + "\n")
+    print(f"  kept in {run_file(args)}", flush=True)
+    for file, examples in data.test.items():
+        test = tokenise(examples, tokenizer, args.seq_len, model)
+        predictions = predict(model, test, run["bf16"])
+        write_atomic(Path(args.predict) / file, server_file(TASKS[args.task], predictions))
+    if args.save:
+        save_pretrained(model, tokenizer, args.save)
+    return run
+
+
 def main(argv=None):
     args = parse_args(argv)
-    names = NINE if args.task == "all" else [args.task]
-    tasks = {name: Namespace(**vars(args) | {"task": name}) for name in names}
-    for name, one in tasks.items():
-        if args.save and args.task == "all":
-            one.save = str(Path(args.save) / name)
+    tasks = {args.task: args}
+    if args.task == "all":
+        folders = {name: args.save and str(Path(args.save) / name) for name in NINE}
+        tasks = {name: Namespace(**vars(args) | {"task": name, "save": folder})
+                 for name, folder in folders.items()}
+    for one in tasks.values():
         refuse_to_replace(one)
     # All files are read before the first task is trained, so that a bad one shows up at once.
-    data = {name: load_data(name, args.data_dir, test=bool(args.predict)) for name in names}
-    runs = []
-    for name, one in tasks.items():
-        try:
-            run, model, tokenizer = finetune(one, data[name])
-            runs.append(run)
-            # The scores first: a disk that is full by then does not take them.
-            print(describe(run), flush=True)
-            write_atomic(run_file(one), json.dumps(run) + "\n")
-            print(f"  kept in {run_file(one)}", flush=True)
-            write_predictions(model, tokenizer, data[name].test, one, run["bf16"])
-            if one.save:
-                save_pretrained(model, tokenizer, one.save)
-        except torch.cuda.OutOfMemoryError:
-            raise RunError(
-                f"the GPU's memory is full at --batch-size {args.batch_size}, --adapt-batch-size "
-                f"{args.adapt_batch_size}, --seq-len {args.seq_len}: lower one of them") from None
+    data = {name: load_data(name, args.data_dir, test=bool(args.predict)) for name in tasks}
+    try:
+        runs = [run_task(one, data[name]) for name, one in tasks.items()]
+    except torch.cuda.OutOfMemoryError:
+        raise RunError(
+            f"the GPU's memory is full at --batch-size {args.batch_size}, --adapt-batch-size "
+            f"{args.adapt_batch_size}, --seq-len {args.seq_len}: lower one of them") from None
     if args.task == "all":
         print(score_table(runs))
-    if args.predict:
-        print(f"test predictions are in {args.predict}")
-    if args.save:
-        print(f"the fine-tuned model is in {args.save}")
 
 
 if __name__ == "__main__":
