@@ -3,24 +3,21 @@
 A single fine-tuning run proves little: [T] (Typhoon, arXiv 2303.15619 v2) found that the advantage
 of one run did not survive five seeds. So `sweep` runs a grid of tasks, models, strategies and
 seeds, one JSON file a run, and `report` compares the strategies seed by seed and claims no more
-than the numbers do. In order: the paired statistics, the two-way bootstrap, the analysis, the
-report as text; then the run files, the grid, the sweep and the command line, which serve them.
+than the numbers do. The ideas come first, down to the report; then what serves them: run files,
+sweep, command line.
 
     python stats.py sweep --preset typhoon --jobs 2        # [T]'s 90 runs; kill it, start it again
     python stats.py sweep --preset entropy --pretrain      # [E]: pretrain 18 models, then GLUE
     python stats.py sweep --tasks mlm --models 'runs/{masking}-{seed}' --pretrain \\
         --strategies random entropy                        # train.py's held-out exam, no GLUE
-    python stats.py report runs/sweep-typhoon              # reads the JSON files, needs no model
-    python stats.py report runs/sweep-typhoon --against typhoon      # [T]'s 12 comparisons alone
-    python stats.py report runs/sweep-typhoon --effect 0.01          # seeds that would find 0.01
+    python stats.py report runs/sweep-typhoon --effect 0.01    # and the seeds that would find 0.01
+    python stats.py report runs/sweep-typhoon --against typhoon    # [T]'s 12 comparisons alone
 
 Scores and differences are fractions, not percent: 0.01 is one point. Shapes: n seeds, m dev
 examples (of the task mlm: held-out windows), R resamples.
 """
 import argparse
-import contextlib
-import csv
-import io
+import html
 import json
 import math
 import os
@@ -30,23 +27,21 @@ import signal
 import subprocess
 import sys
 import zlib
-from bisect import bisect_left
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import combinations
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import glue
 import train
-from masking import STRATEGIES, find_strategy, strategy_label
-from model import (InputError, Parser, RunError, number, read_json, run_cli, weights_digest,
-                   write_atomic)
+from masking import STRATEGIES, strategy_label
+from model import (InputError, Parser, RunError, find_pretrained, number, read_json, run_cli,
+                   weight_file, weights_digest, write_atomic)
 
 ALPHA, POWER, LEVEL = 0.05, 0.8, 0.95
 
@@ -54,17 +49,15 @@ ALPHA, POWER, LEVEL = 0.05, 0.8, 0.95
 # --- Student's t ----------------------------------------------------------------------------------
 
 def mean_sd(values) -> tuple[float, float]:
-    """Mean and sample standard deviation; the sd of one value is nan.
-
-    A spread below 1e-10 of the values is what subtracting two scores leaves behind (0.81 - 0.80 is
-    not quite 0.83 - 0.82): it counts as none."""
+    """Mean and sample standard deviation; the sd of one value is nan. A spread below 1e-10 of the
+    values counts as none: rounding leaves it (0.81 - 0.80 is not quite 0.83 - 0.82)."""
     values = [float(value) for value in values]
     mean = math.fsum(values) / len(values)  # fsum rounds once: the same digits on every machine
     if len(values) < 2:
         return mean, math.nan
     # n - 1: the values lie closer to their own mean than to the true one, which costs one of them
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return mean, sd if sd > 1e-10 * max(map(abs, values)) else 0.0
+    return mean, 0.0 if sd <= 1e-10 * max(map(abs, values)) else sd
 
 
 def t_tail(t: float, df: int, shift: float = 0.0) -> float:
@@ -84,23 +77,28 @@ def t_tail(t: float, df: int, shift: float = 0.0) -> float:
     return float((density * tails.numpy()).sum() * step)
 
 
-def solve(increasing, target: float) -> float:
-    """The x >= 0 where an increasing function reaches the target, by bisection to the last bit."""
+def least(reached) -> float:
+    """The least x > 0 with reached(x), which holds from there on; by bisection, to the last bit."""
     low, high = 0.0, 1.0
-    while increasing(high) < target:
+    while not reached(high):
         low, high = high, 2 * high
-    while low < (middle := (low + high) / 2) < high:  # until no number lies between the two
-        if increasing(middle) < target:
-            low = middle
-        else:
-            high = middle
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
     return high
 
 
-@lru_cache(maxsize=None)
+@cache
 def t_critical(df: int, alpha: float) -> float:
     """The |t| that a two-sided test at level alpha must exceed: 2.776 for df = 4, alpha = 0.05."""
-    return solve(lambda t: -t_tail(t, df), -alpha)  # the tail falls with t, its negative rises
+    return least(lambda t: t_tail(t, df) <= alpha)
+
+
+@cache
+def detectable_shift(n: int, power: float, alpha: float) -> float:
+    """The shift √n · mean / sd at which the two-sided t test on n pairs has this power."""
+    threshold = t_critical(n - 1, alpha)
+    return least(lambda shift: t_tail(threshold, n - 1, shift) >= power)
 
 
 # --- paired statistics: a and b hold one score per seed, the same seeds in the same order ---------
@@ -112,27 +110,22 @@ def paired_t_test(a, b) -> tuple[float, float]:
     >>> round(t, 3), round(p, 3)
     (3.464, 0.074)
 
-    One seed gives (nan, nan). Equal differences other than 0 give (±inf, nan): without a spread
-    there is nothing to judge them by, and p = 0 would be a claim. Differences that are all 0 give
-    (0, 1). Raises ValueError when a and b differ in length."""
+    One seed gives (nan, nan), and so do equal differences: without a spread there is nothing to
+    judge them by, and p = 0 would be a claim. Raises ValueError when a and b differ in length."""
     # pairing: what a seed gives to both (data order, a lucky head) cancels in the difference
     differences = [x - y for x, y in zip(a, b, strict=True)]
     mean, sd = mean_sd(differences)
-    if math.isnan(sd):
+    if not sd > 0:
         return math.nan, math.nan
-    if sd == 0:
-        return (math.copysign(math.inf, mean), math.nan) if mean else (0.0, 1.0)
     t = mean / (sd / math.sqrt(len(differences)))
     return t, t_tail(t, len(differences) - 1)  # the sd was estimated, with n - 1 degrees of freedom
 
 
 def confidence_interval(differences, level: float = LEVEL) -> tuple[float, float]:
-    """Student's interval for the mean difference, mean ± t* sd / √n; (nan, nan) for one seed.
-
-    It covers the mean over all seeds in `level` of such experiments, if the differences are about
-    normal. Equal differences give an interval without width: that is no knowledge."""
+    """Student's interval for the mean difference, mean ± t* sd / √n; (nan, nan) without a spread.
+    It covers the mean over all seeds in `level` of such experiments, if differences are normal."""
     mean, sd = mean_sd(differences)
-    if math.isnan(sd):
+    if not sd > 0:
         return math.nan, math.nan
     half = t_critical(len(differences) - 1, 1 - level) * sd / math.sqrt(len(differences))
     return mean - half, mean + half
@@ -145,8 +138,11 @@ def sign_flip_test(differences, flips: int = 100_000, seed: int = 0) -> float:
     2^n patterns of signs, how many have an |sum| at least as large as the one seen? That assumes no
     normality, but the pattern seen and its mirror image always count, so that p is never below
     2 / 2^n: with 5 seeds 0.0625, however large the difference. Above 20 seeds: `flips` random
-    patterns, and the one seen with them, so that p is never 0 (Phipson and Smyth 2010)."""
+    patterns, and the one seen with them, so that p is never 0 (Phipson and Smyth 2010). nan where
+    a difference is nan."""
     differences = np.asarray(differences, dtype=float)
+    if np.isnan(differences).any():
+        return math.nan
     seen = abs(differences.sum()) - 1e-9 * abs(differences).sum()  # a tie, even after rounding
     if len(differences) <= 20:
         sums = np.zeros(1)
@@ -181,39 +177,27 @@ def holm(p_values) -> list[float]:
     return adjusted
 
 
-def cohen_dz(differences) -> float:
-    """Cohen's d_z (1988, §2.3): the mean difference in units of its sd; nan without a spread."""
-    mean, spread = mean_sd(differences)
-    return mean / spread if spread > 0 else math.nan
-
-
-@lru_cache(maxsize=None)
-def detectable_shift(n: int, power: float, alpha: float) -> float:
-    """The shift √n · mean / sd at which the two-sided t test on n pairs has this power."""
-    threshold = t_critical(n - 1, alpha)
-    return solve(lambda shift: t_tail(threshold, n - 1, shift), power)
-
-
 def minimum_detectable_effect(differences, power: float = POWER, alpha: float = ALPHA) -> float:
     """The smallest true mean difference that a paired t test with this n and sd finds so often.
 
-    Exact under normality: the normal approximation is a quarter too small for 5 seeds. But only as
-    good as the sd it is given, and before any correction for many comparisons. nan for one seed."""
+    Exact if they are normal, but only as good as the sd, and before any correction for many
+    comparisons. nan without a spread."""
     n, (_, sd) = len(differences), mean_sd(differences)
-    return math.nan if n < 2 else detectable_shift(n, power, alpha) * sd / math.sqrt(n)
+    return detectable_shift(n, power, alpha) * sd / math.sqrt(n) if sd > 0 else math.nan
 
 
 def seeds_needed(sd: float, effect: float, power: float = POWER, alpha: float = ALPHA) -> float:
     """The least n >= 2 that finds `effect` so often; nan without an sd, inf past a million."""
     if not sd > 0:
         return math.nan
-
-    def enough(n):
-        return detectable_shift(n, power, alpha) * sd <= effect * math.sqrt(n)
-
-    counts = range(2, 1_000_001)
-    place = bisect_left(counts, True, key=enough)  # False for few seeds, True from some n on
-    return counts[place] if place < len(counts) else math.inf
+    # a known sd would ask for ((z + z') sd / effect)² seeds, an estimated one for a few more
+    z, z_power = (NormalDist().inv_cdf(share) for share in (1 - alpha / 2, power))
+    n = max(2, math.ceil(((z + z_power) * sd / effect) ** 2))
+    if n > 1_000_000:
+        return math.inf
+    while t_tail(t_critical(n - 1, alpha), n - 1, math.sqrt(n) * effect / sd) < power:
+        n += 1
+    return n
 
 
 # --- the dev set is a sample too ------------------------------------------------------------------
@@ -225,11 +209,10 @@ def multi_bootstrap(a: np.ndarray, b: np.ndarray, level: float = LEVEL, seed: in
     a, b (n, R): row s, column r is the score of seed s on the r-th resample of the dev examples,
     the same examples on both sides (`resampled_scores`).
 
-    Approximate for few seeds. Measured coverage of the 95% interval with five of them
-    (`pytest -m slow -k coverage`): 92% where seeds and examples add alike to the mean's variance,
-    94 to 97% where each run also errs at random (both resamplings then count that noise), 89% and
-    85% where the sd that seeds add is two and four times the examples'. Where seeds vary so much
-    more than examples, read the t interval."""
+    Approximate for few seeds. The 95% interval of five covers (`pytest -m slow -k coverage`) 92%
+    where seeds and examples add alike to the mean's variance, up to 97% where each run also errs at
+    random, and 85% where the sd that seeds add is four times the examples': there read the t
+    interval."""
     n, resamples = a.shape
     if n < 2:
         return math.nan, math.nan
@@ -265,8 +248,10 @@ class Row:
     strategy: str
     seed: int
     score: float  # what is compared; the higher the better
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # with the score where it is a mean
+    constant: dict[str, float] = field(default_factory=dict)  # the constant answer's; {}: not known
     masked: float = math.nan  # share of the ordinary tokens that were masked; nan where not known
+    answers: list = field(default_factory=list)  # to each dev set; see `read_row`
     resampled: np.ndarray | None = None  # (R,) the score on resampled dev examples
     run: dict = field(default_factory=dict)  # the whole JSON file
 
@@ -280,32 +265,26 @@ def grouped(rows: list[Row], *fields: str) -> dict:
     return groups
 
 
-def by_order(row: Row) -> tuple:
-    """Sorting key of the table; strategies in masking.py's order, so that a difference is new minus
-    baseline."""
-    order = ["none", *STRATEGIES]
-    place = order.index(row.strategy) if row.strategy in order else len(order)
-    return row.task, row.model, place, row.strategy, row.seed
-
-
 def means_over_tasks(rows: list[Row]) -> list[Row]:
     """The GLUE score: for each model with several tasks their mean, of seeds that ran every task.
     The task mlm is no GLUE task and stays out."""
     means = []
-    rows = [row for row in rows if row.task != "mlm"]
-    for model, group in sorted(grouped(rows, "model").items()):
-        tasks = len(grouped(group, "task"))
+    for model, group in grouped([row for row in rows if row.task != "mlm"], "model").items():
+        n = len(grouped(group, "task"))
         for (strategy, seed), found in grouped(group, "strategy", "seed").items():
-            if tasks == 1 or len(found) < tasks:
+            if n == 1 or len(found) < n:
                 continue
-            drawn = [row.resampled for row in found]
-            complete = all(sample is not None for sample in drawn)
-            means.append(Row(f"mean of {tasks} tasks", model, strategy, seed,
-                             score=sum(row.score for row in found) / tasks,
-                             metrics={row.task: row.score for row in found},
-                             masked=mean_sd([row.masked for row in found])[0],
-                             resampled=np.mean(drawn, axis=0) if complete else None))
-    return sorted(means, key=by_order)
+            scores = {row.task: row.score for row in found}
+            scores["score"] = sum(scores.values()) / n
+            mean = Row(f"mean of {n} tasks", model, strategy, seed, scores["score"], scores,
+                       masked=mean_sd([row.masked for row in found])[0])
+            if all(row.constant for row in found):
+                mean.constant = {row.task: row.constant["score"] for row in found}
+                mean.constant["score"] = sum(mean.constant.values()) / n
+            if all(row.resampled is not None for row in found):
+                mean.resampled = np.mean([row.resampled for row in found], axis=0)
+            means.append(mean)
+    return means
 
 
 def compare(new: list[Row], baseline: list[Row]) -> dict:
@@ -313,62 +292,63 @@ def compare(new: list[Row], baseline: list[Row]) -> dict:
     pairs = [(row, other) for row in new for other in baseline if row.seed == other.seed]
     a, b = [row.score for row, _ in pairs], [other.score for _, other in pairs]
     differences = [x - y for x, y in zip(a, b)]
-    mean, spread = mean_sd(differences)
+    mean, sd = mean_sd(differences)
     t, p = paired_t_test(a, b)
     low, high = confidence_interval(differences)
     bootstrap_low, bootstrap_high = math.nan, math.nan
     if all(row.resampled is not None for row in new + baseline):
         bootstrap_low, bootstrap_high = multi_bootstrap(
-            np.stack([row.resampled for row, _ in pairs]),
-            np.stack([other.resampled for _, other in pairs]))
-    return {"n": len(pairs), "mean": mean, "sd": spread, "low": low, "high": high,
+            *(np.stack([row.resampled for row in side]) for side in zip(*pairs)))
+    return {"n": len(pairs), "mean": mean, "sd": sd, "low": low, "high": high,
             "bootstrap_low": bootstrap_low, "bootstrap_high": bootstrap_high, "t": t, "p": p,
-            "sign_flip_p": sign_flip_test(differences), "dz": cohen_dz(differences),
+            "dz": mean / sd if sd > 0 else math.nan,  # Cohen 1988, §2.3
+            "sign_flip_p": sign_flip_test(differences),
             "mde": minimum_detectable_effect(differences),
             "masked": mean_sd([row.masked for row, _ in pairs])[0],
             "baseline_masked": mean_sd([other.masked for _, other in pairs])[0]}
 
 
-def compare_all(rows: list[Row], notes: list[str], against: str | None = None) -> list[dict]:
+def compare_all(rows: list[Row], against: str | None = None) -> list[dict]:
     """Every pair of strategies of every task and model, or those with the strategy `against`: one
-    family for Holm. Adds notes on missing seeds."""
+    family for Holm. Two strategies without a seed in common are no pair."""
     pairs = []
     for (task, model), group in grouped(rows, "task", "model").items():
-        every = sorted(grouped(group, "seed"))
         strategies = grouped(group, "strategy")
-        for strategy, found in strategies.items():
-            if missing := [str(seed) for seed in every if seed not in grouped(found, "seed")]:
-                notes.append(f"{task}, {model}: {strategy} lacks seed {', '.join(missing)}; "
-                             "its pairs go without")
         for baseline, new in combinations(strategies, 2):
-            if against not in (None, baseline, new):
-                continue
-            if not grouped(strategies[new], "seed").keys() & grouped(strategies[baseline], "seed"):
-                notes.append(f"{task}, {model}: {new} and {baseline} have no seed in common; "
-                             "no comparison")
-                continue
-            names = {"task": task, "model": model, "strategy": new, "baseline": baseline}
-            pairs.append(names | compare(strategies[new], strategies[baseline]))
+            common = grouped(strategies[new], "seed").keys() & grouped(strategies[baseline], "seed")
+            if common and against in (None, baseline, new):
+                names = {"task": task, "model": model, "strategy": new, "baseline": baseline}
+                pairs.append(names | compare(strategies[new], strategies[baseline]))
     for pair, adjusted in zip(pairs, holm([pair["p"] for pair in pairs])):
         pair["holm_p"] = adjusted
     return pairs
 
 
-# Runs that are compared must be equal in every setting but these.
-NO_SETTING = {"label", "pattern", "json", "predict", "save", "out", "resume", "device", "data_dir",
-              "compile", "log_every", "eval_every", "save_every", "versions"}
-OF_THE_GRID = {"task", "model", "seed", "adapt", "teacher", "teacher_dir", "teacher_seed",
-               "teacher_weights"}  # teachers: see teacher_notes
+def missing_notes(rows: list[Row]) -> list[str]:
+    """A note on each strategy that lacks, in a task or in the mean, seeds that another has."""
+    notes = []
+    for (task, model), group in grouped(rows, "task", "model").items():
+        seeds, found = sorted(grouped(group, "seed")), grouped(group, "strategy", "seed")
+        for strategy in grouped(grouped(rows, "model")[model], "strategy"):
+            if missing := [str(seed) for seed in seeds if (strategy, seed) not in found]:
+                notes.append(f"{task}, {model}: {strategy} lacks seed {', '.join(missing)}; "
+                             "its pairs go without")
+    return notes
+
+
+# Runs that are compared must be equal in every setting but these: names, and what the grid varies.
+IGNORED = {"label", "pattern", "json", "predict", "save", "out", "resume", "data_dir", "log_every",
+           "eval_every", "save_every", "versions", "commit", "task", "model", "seed", "adapt",
+           "teacher_dir", "teacher_seed", "teacher_weights"}
 OF_THE_STRATEGY = {"masking", "kd_weight", "kd_temperature", "kd_start", "student_init",
                    "strategy_start", "entropy_select", "entropy_input", "typhoon_spread",
-                   "typhoon_ema"}  # equal within a strategy
+                   "typhoon_ema", "teacher"}  # equal within a strategy
 
 
 def differing(rows: list[Row], part: str) -> list[str]:
-    """`steps: 60, 100` for each setting in run[part] that must be equal and is not."""
+    """`steps: 60, 100` for each setting in the runs' "args" or "pretraining" that is not equal."""
     rows, lines = [row for row in rows if row.run.get(part)], []
-    names = {name for row in rows for name in row.run[part]}
-    for name in sorted(names - NO_SETTING - OF_THE_GRID):
+    for name in sorted({name for row in rows for name in row.run[part]} - IGNORED):
         groups = grouped(rows, "strategy").values() if name in OF_THE_STRATEGY else [rows]
         for group in groups:
             values = sorted({json.dumps(row.run[part].get(name)) for row in group})
@@ -377,19 +357,9 @@ def differing(rows: list[Row], part: str) -> list[str]:
     return lines
 
 
-def check_same(what: str, stored: dict, asked: dict):
-    """Raises InputError, with the setting, where `what` was made with others than this sweep's. A
-    setting that an earlier version did not have is not compared."""
-    for name in sorted((stored.keys() & asked) - NO_SETTING):
-        if stored[name] != asked[name]:
-            raise InputError(f"{what} was made with --{name.replace('_', '-')} {stored[name]}, and "
-                             f"this sweep asks for {asked[name]}: remove it, or choose other names")
-
-
 def provenance_notes(rows: list[Row]) -> list[str]:
-    """A note on everything that runs differ in and the grid does not vary: arguments, how their
-    models were pretrained, by which teachers, and which weights they started from. Raises
-    InputError where two seeds started from the same weights: a copy is no independent seed."""
+    """A note on everything that runs differ in and the grid does not vary, in their pretraining
+    too. Raises InputError where two seeds started from the same weights."""
     notes = []
     for (task, model), group in grouped(rows, "task", "model").items():
         if task != "mlm":  # whose arguments are those of the pretraining
@@ -398,110 +368,65 @@ def provenance_notes(rows: list[Row]) -> list[str]:
     for model, group in grouped(rows, "model").items():
         notes += [f"{model}: the pretraining of the runs differs in {line}"
                   for line in differing(group, "pretraining")]
-        notes += teacher_notes(model, group)
-        weights_of, seed_of = {}, {}
-        for row in (row for row in group if row.run.get("weights")):
-            weights = row.run["weights"]
+        weights_of, seed_of, teachers = {}, {}, {}
+        for row in group:
+            if not (weights := row.run.get("weights")):
+                continue
             if weights_of.setdefault(row.run["model"], weights) != weights:
                 notes.append(f"{model}: {row.run['model']} was trained again between its runs")
             first = seed_of.setdefault((row.strategy, weights), row.seed)
             if "{seed}" in model and first != row.seed:
                 raise InputError(f"{model}, {row.strategy}: seeds {first} and {row.seed} have the "
-                                 "same weights, and a copy is no independent seed: remove the runs "
-                                 "of one of them")
-    if old := sum("weights" not in row.run for row in rows):
-        notes.append(f"{old} runs are of an earlier version, which did not record the weights they "
-                     "started from: whether their models match is not known")
+                                 "same weights, and a copy is no independent seed: remove one")
+            if teacher := (row.run.get("pretraining") or {}).get("teacher_weights"):
+                teachers.setdefault(row.seed, set()).add(teacher)
+        notes += [f"{model}: its strategies had different teachers for seed {seed}"
+                  for seed, found in teachers.items() if len(found) > 1]
+        if len(teachers) > 1 and len(set().union(*teachers.values())) == 1:
+            notes.append(f"{model}: its pretraining runs share one teacher, and the intervals are "
+                         "given that teacher; without --teacher a sweep trains one a seed")
     return list(dict.fromkeys(notes))  # each once
 
 
-def teacher_notes(model: str, rows: list[Row]) -> list[str]:
-    """What the teachers of a model's pretraining runs mean for its intervals."""
-    teachers = {}  # seed -> digests
-    for row in rows:
-        if teacher := (row.run.get("pretraining") or {}).get("teacher_weights"):
-            teachers.setdefault(row.seed, set()).add(teacher)
-    if mixed := [str(seed) for seed, found in teachers.items() if len(found) > 1]:
-        return [f"{model}: its strategies had different teachers for seed {', '.join(mixed)}"]
-    if len(teachers) > 1 and len(set().union(*teachers.values())) == 1:
-        return [f"{model}: all its pretraining runs share one teacher, and the intervals are given "
-                "that teacher; --pretrain '--teacher-seed {seed}' makes it vary"]
-    return []
-
-
 def verdict(pairs: list[dict]) -> str:
-    """One sentence. It claims a winner only where Holm's adjusted p is below 0.05, and else says
-    what could have been found."""
+    """One sentence. It claims a difference only where Holm's adjusted p is below 0.05, and else
+    says what could have been found."""
     if not pairs:
         return "Nothing was compared: that takes two strategies with a seed in common."
     judged = [pair for pair in pairs if pair["sd"] > 0]
     if not judged:
         return "No claim can be made: no comparison has two seeds whose differences vary."
     among = f"of {len(pairs)} comparison{'s' * (len(pairs) > 1)}"
-    winners = [pair for pair in judged if pair["holm_p"] < ALPHA]
-    if winners:
-        claims = [f"on {pair['task']} with {pair['model']}, {better(pair)}" for pair in winners]
-        return (f"For other seeds on these same examples, {len(winners)} {among} "
-                f"show{'s' * (len(winners) == 1)} a difference (Holm-adjusted p < {ALPHA}): "
-                f"{'; '.join(claims)}.")
-    seeds = [pair["n"] for pair in judged]
-    n = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else str(seeds[0])
-    effects = sorted(pair["mde"] for pair in judged)
-    span = f"{effects[0]:.4f}"
-    if len(effects) > 1:
-        span += f" to {effects[-1]:.4f}, by comparison"
+    if claims := [pair for pair in judged if pair["holm_p"] < ALPHA]:
+        said = (f"For other seeds on these same examples, a difference shows in {len(claims)} "
+                f"{among} (Holm-adjusted p < {ALPHA}, marked * in the tables)")
+        if doubtful := sum(pair["bootstrap_low"] <= 0 <= pair["bootstrap_high"] for pair in claims):
+            said += (f"; other examples may not bear out {doubtful} of them, whose multi-bootstrap "
+                     "interval contains 0")
+        return said + "."
     smallest = show_p(min(pair["holm_p"] for pair in judged))
     return (f"No strategy is reliably better: none {among} is significant (smallest Holm-adjusted "
-            f"p {smallest}), and with n = {n} seeds the smallest true difference that a single "
-            f"test finds four times in five is {span}.")
+            f"p {smallest}), and none would find a true difference below "
+            f"{min(pair['mde'] for pair in judged):.4f} four times in five.")
 
 
-def better(pair: dict) -> str:
-    """`typhoon beats random by 0.0123 [0.0061, 0.0185]`, the better one first; and a warning where
-    other dev examples might well say otherwise."""
-    names, sign = (pair["strategy"], pair["baseline"]), 1
-    if pair["mean"] < 0:
-        names, sign = names[::-1], -1
-    low, high = sorted((sign * pair["low"], sign * pair["high"]))
-    said = f"{names[0]} beats {names[1]} by {sign * pair['mean']:.4f} [{low:.4f}, {high:.4f}]"
-    if pair["bootstrap_low"] <= 0 <= pair["bootstrap_high"]:
-        said += " (other examples may not bear it out: its multi-bootstrap interval contains 0)"
-    return said
-
-
-def analyse(folder: Path, *, epoch: str = "last", effect: float | None = None,
-            metric: str | None = None, against: str | None = None, resamples: int = 1000) -> dict:
-    """Everything a report says, as data: notes, cells (mean and sd of each metric), pairs, verdict,
-    and what the constant answer scores. metric: the score, in place of the mean of a task's
-    metrics; against: the one strategy to compare with. Raises InputError where there is none."""
-    rows, notes = read_rows(folder, epoch, metric)
+def analyse(folder: Path, *, effect: float | None = None, metric: str | None = None,
+            against: str | None = None, resamples: int = 1000) -> dict:
+    """Everything a report says, as data: verdict, notes, pairs, and the rows that they come from.
+    metric: the score, in place of the mean of a task's metrics; against: the one strategy to
+    compare with. Raises InputError where there is none."""
+    rows, notes = read_rows(folder, metric)
     notes += provenance_notes(rows)
     if against and against not in grouped(rows, "strategy"):
         raise InputError(f"--against {against}: {folder} has no such strategy, but "
                          f"{', '.join(grouped(rows, 'strategy'))}")
-    if epoch == "last":  # the predictions kept are those of the last epoch
-        notes += resample(rows, metric, resamples)
-    cells, means = [], means_over_tasks(rows)
-    every = rows + means
-    for (task, model, strategy), group in grouped(every, "task", "model", "strategy").items():
-        columns = {name: [row.metrics[name] for row in group] for name in group[0].metrics}
-        columns["score"] = [row.score for row in group]
-        cells.append({"task": task, "model": model, "strategy": strategy,
-                      "seeds": [row.seed for row in group],
-                      "metrics": {name: mean_sd(values) for name, values in columns.items()}})
-    pairs = compare_all(rows if against else every, notes, against)
+    notes += resample(rows, metric, resamples)
+    every = rows + means_over_tasks(rows)
+    pairs = compare_all(rows if against else every, against)
     for pair in pairs if effect else ():
         pair["seeds_needed"] = seeds_needed(pair["sd"], effect)
-    constants = {row.task: row.run["baseline"] for row in rows if row.run["baseline"]}
-    constants = {task: values | {"score": score(task, values, metric)}
-                 for task, values in constants.items()}
-    for row in means:
-        if row.metrics.keys() <= constants.keys():
-            floors = {task: constants[task]["score"] for task in row.metrics}
-            constants[row.task] = floors | {"score": score(row.task, floors, None)}
-    return {"runs": len(rows), "epoch": epoch, "effect": effect, "metric": metric,
-            "against": against, "verdict": verdict(pairs), "notes": notes, "cells": cells,
-            "pairs": pairs, "constants": constants}
+    return {"runs": len(rows), "effect": effect, "metric": metric, "verdict": verdict(pairs),
+            "notes": notes + missing_notes(every), "pairs": pairs, "rows": every}
 
 
 # --- the report as text ---------------------------------------------------------------------------
@@ -511,8 +436,9 @@ READING = (
     "seed by seed; masked is the share of the tokens that the two really masked. The t interval "
     "covers other seeds on these same examples; the multi-bootstrap interval covers other seeds "
     "and other examples, roughly. p: paired t, sign flip, and Holm's adjustment of the former over "
-    "every comparison of this report. d_z: mean / sd of the differences. MDE: the true difference "
-    "one such test would find with 80% power, from an sd that is itself uncertain for few seeds.")
+    "every comparison of this report (*: below 0.05). d_z: mean / sd of the differences. MDE: the "
+    "true difference one such test would find with 80% power, from an sd that is itself uncertain "
+    "for few seeds.")
 READING_MLM = (
     "The exam of train.py: random held-out positions, all of them [MASK]. The accuracy is "
     "compared; common, middle and rare are those on the word pieces that make up the commonest "
@@ -530,8 +456,6 @@ def show_p(p: float) -> str:
 
 
 def show_interval(low: float, high: float) -> str:
-    if high - low <= 1e-12:
-        return "no spread"
     return "n/a" if math.isnan(low) else f"[{low:+z.4f}, {high:+z.4f}]"
 
 
@@ -540,140 +464,152 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell_table(cells: list[dict], constant: dict | None, metric: str | None) -> str:
+def cell_table(rows: list[Row]) -> str:
     """A row per strategy, a column per metric, and last what the constant answer scores."""
-    task, names = cells[0]["task"], list(cells[0]["metrics"])
-    if len(scored(task, names[:-1], metric)) == 1:
-        names.pop()  # the score is one of the metrics
-    rows = []
-    for cell in cells:
-        numbers = [f"{show(mean)} ± {show(sd)}" for mean, sd in map(cell["metrics"].get, names)]
-        rows.append([cell["strategy"], str(len(cell["seeds"])), *numbers])
+    names, constant, lines = list(rows[0].metrics), rows[0].constant, []
+    for strategy, group in grouped(rows, "strategy").items():
+        columns = [mean_sd([row.metrics[name] for row in group]) for name in names]
+        numbers = [f"{show(mean)} ± {show(sd)}" for mean, sd in columns]
+        lines.append([strategy, str(len(group)), *numbers])
     if constant:
-        title = "frequency alone" if task == "mlm" else "the constant answer"
-        rows.append([title, "", *(show(constant.get(name, math.nan)) for name in names)])
-    return markdown_table(["strategy", "n", *names], rows)
+        title = "frequency alone" if rows[0].task == "mlm" else "the constant answer"
+        lines.append([title, "", *(show(constant.get(name, math.nan)) for name in names)])
+    return markdown_table(["strategy", "n", *names], lines)
 
 
 def pair_table(pairs: list[dict], effect: float | None) -> str:
-    """A row per comparison."""
-    header = ["strategy − baseline", "n", "masked", "difference", "95% t interval",
-              "multi-bootstrap", "t", "p", "sign-flip p", "Holm p", "d_z", "MDE"]
-    if effect:
-        header.append(f"seeds for {effect:g}")
+    """A row per comparison; `*` after Holm's p where a difference is claimed."""
     rows = []
     for pair in pairs:
-        rows.append([
-            f"{pair['strategy']} − {pair['baseline']}", str(pair["n"]),
-            f"{show(pair['masked'], '.2%')}, {show(pair['baseline_masked'], '.2%')}",
-            show(pair["mean"], "+z.4f"), show_interval(pair["low"], pair["high"]),
-            show_interval(pair["bootstrap_low"], pair["bootstrap_high"]), show(pair["t"], ".2f"),
-            show_p(pair["p"]), show_p(pair["sign_flip_p"]), show_p(pair["holm_p"]),
-            show(pair["dz"], ".2f"), show(pair["mde"]) if pair["sd"] > 0 else "n/a"])
+        row = {"strategy − baseline": "{strategy} − {baseline}".format_map(pair),
+               "n": str(pair["n"]),
+               "masked": f"{show(pair['masked'], '.2%')}, {show(pair['baseline_masked'], '.2%')}",
+               "difference": show(pair["mean"], "+z.4f"),
+               "95% t interval": show_interval(pair["low"], pair["high"]),
+               "multi-bootstrap": show_interval(pair["bootstrap_low"], pair["bootstrap_high"]),
+               "t": show(pair["t"], ".2f"),
+               "p": show_p(pair["p"]),
+               "sign-flip p": show_p(pair["sign_flip_p"]),
+               "Holm p": show_p(pair["holm_p"]) + " *" * (pair["holm_p"] < ALPHA),
+               "d_z": show(pair["dz"], ".2f"),
+               "MDE": show(pair["mde"])}
         if effect:
             needed = pair["seeds_needed"]
-            rows[-1].append("> 1,000,000" if needed == math.inf else show(needed, ",.0f"))
-    return markdown_table(header, rows)
+            row[f"seeds for {effect:g}"] = "> 1,000,000" if needed > 1e6 else show(needed, ",.0f")
+        rows.append(row)
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def forest(pairs: list[dict], width: int = 41) -> str:
-    """A line per pair: `-` spans the t interval, `o` is the mean difference, `|` is zero; all pairs
-    of the group share one scale."""
-    ends = [end for pair in pairs for end in (pair["mean"], pair["low"], pair["high"])]
-    scale = max(abs(end) for end in ends if math.isfinite(end)) or 1.0
-    names = [f"{pair['strategy']} − {pair['baseline']}" for pair in pairs]
-    margin = max(map(len, names))
-
-    def column(value):
-        return round((value / scale + 1) / 2 * (width - 1))
-
-    lines = []
-    for name, pair in zip(names, pairs):
-        line = [" "] * width
-        if math.isfinite(pair["low"]):
-            low, high = column(pair["low"]), column(pair["high"])
-            line[low:high + 1] = "-" * (high - low + 1)
-        line[column(0)] = "|"
-        line[column(pair["mean"])] = "o"
-        lines.append(f"{name:{margin}}  {''.join(line)}".rstrip())
-    axis = f"{-scale:+.4f}{'0':^{width - 14}}{scale:+.4f}"
-    return "\n".join([*lines, f"{'':{margin}}  {axis}"])
+def pairs_at(task: str, model: str, pairs: list[dict]) -> list[dict]:
+    return [pair for pair in pairs if (pair["task"], pair["model"]) == (task, model)]
 
 
-def to_markdown(report: dict) -> str:
-    """The report as a person reads it, in Markdown and on the terminal."""
-    epochs = {"last": "last epoch",
-              "best": "best epoch, chosen on the dev set it is scored on: optimistic"}
+def to_markdown(report: dict, picture: str) -> str:
+    """The report as a person reads it, in Markdown and on the terminal; picture: its file name."""
     reading = READING.format(score=report["metric"] or "the mean of a task's metrics")
     parts = ["# Report", f"**Verdict.** {report['verdict']}",
-             f"{report['runs']} runs; metrics of the {epochs[report['epoch']]}. {reading}"]
-    for task, model in dict.fromkeys((cell["task"], cell["model"]) for cell in report["cells"]):
-        def here(found):
-            return (found["task"], found["model"]) == (task, model)
-
-        cells = list(filter(here, report["cells"]))
-        pairs = list(filter(here, report["pairs"]))
-        parts.append(f"## {task}, {model}")
-        if task == "mlm":
-            parts.append(READING_MLM)
-        parts.append(cell_table(cells, report["constants"].get(task), report["metric"]))
-        if any(len(cell["seeds"]) == 1 for cell in cells):
-            parts.append("One seed has no sd and gives no interval and no test.")
-        if pairs:
-            parts += [pair_table(pairs, report["effect"]), f"```text\n{forest(pairs)}\n```"]
-        parts += [f"{pair['strategy']} − {pair['baseline']}: all {pair['n']} differences are "
-                  f"{pair['mean']:+z.4f}; without a spread, an interval and a t test say nothing."
-                  for pair in pairs if pair["sd"] == 0]
+             f"{report['runs']} runs; metrics of the last epoch. {reading}"]
+    if report["pairs"]:
+        parts.append(f"![Each difference with its interval]({picture})")
+    for (task, model), rows in grouped(report["rows"], "task", "model").items():
+        parts += [f"## {task}, {model}"] + ([READING_MLM] if task == "mlm" else [])
+        parts.append(cell_table(rows))
+        if pairs := pairs_at(task, model, report["pairs"]):
+            parts.append(pair_table(pairs, report["effect"]))
     if report["notes"]:
         parts += ["## Notes", "\n".join(f"- {note}" for note in report["notes"])]
     return "\n\n".join(parts) + "\n"
 
 
-def to_csv(report: dict) -> str:
-    """A row per cell and metric, without a baseline, and one per pair: metric `score`, mean and sd
-    of the differences."""
-    rows = [{"task": cell["task"], "model": cell["model"], "strategy": cell["strategy"],
-             "baseline": None, "metric": metric, "n": len(cell["seeds"]), "mean": mean, "sd": sd}
-            for cell in report["cells"] for metric, (mean, sd) in cell["metrics"].items()]
-    rows += [{"metric": "score"} | pair for pair in report["pairs"]]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row),
-                            lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(plain(rows))
-    return text.getvalue()
+# --- the report as a picture ----------------------------------------------------------------------
+
+FOREST_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" \
+viewBox="0 0 {0} {1}" role="img">
+<title>Differences between masking strategies, with their intervals</title>
+<style>
+svg {{ --page: #fff; --ink: #1f2328; --grid: #d1d9e0 }}
+@media (prefers-color-scheme: dark) {{ svg {{ --page: #0d1117; --ink: #e6edf3; --grid: #30363d }} }}
+text {{ font: 13px sans-serif; fill: var(--ink) }} .title {{ font-weight: bold }}
+.name {{ text-anchor: end }} .tick {{ text-anchor: middle; font-size: 11px }}
+.grid {{ stroke: var(--grid) }} .zero {{ stroke: var(--ink) }}
+.open {{ stroke: #77818c; stroke-width: 2; fill: var(--page) }}
+.claimed {{ stroke: #218bff; stroke-width: 2; fill: #218bff }}
+</style>
+<rect width="100%" height="100%" style="fill: var(--page)"/>"""
 
 
-def plain(value):
-    """For JSON and CSV: six significant digits, which every machine agrees on, and None where there
-    is no number."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+def forest_svg(pairs: list[dict], metric: str | None) -> str:
+    """The pairs as a picture, the largest difference first: a line for the t interval and a dot for
+    the mean, filled where it is claimed. Those of a task and model share one scale. An outlier must
+    not squeeze the others: an arrow at the end of the scale stands for what lies beyond."""
+    several = [name for name in ("task", "model") if len({pair[name] for pair in pairs}) > 1]
+    baseline, *others = {pair["baseline"] for pair in pairs}
+    name_of = ("{strategy} − {baseline}" if others else "{strategy}").format_map
+    left = 34 + 7 * max(len(name_of(pair)) for pair in pairs)  # where the scale begins, in pixels
+    width, drawn, y = 340, [], 40
+
+    def text(x, y, kind, words):
+        drawn.append(f'<text x="{x:.1f}" y="{y}" class="{kind}">{html.escape(words)}</text>')
+
+    def line(x, y, to_x, to_y, kind):
+        drawn.append(f'<line x1="{x:.1f}" y1="{y}" x2="{to_x:.1f}" y2="{to_y}" class="{kind}"/>')
+
+    def ends_of(pair):
+        return [pair[end] for end in ("low", "mean", "high") if math.isfinite(pair[end])]
+
+    text(12, 22, "title", "Mean difference over seeds, with its 95% t interval")
+    text(12, 40, "", f"filled: Holm-adjusted p < {ALPHA}; comparisons: {len(pairs)}")
+    for task, model in dict.fromkeys((pair["task"], pair["model"]) for pair in pairs):
+        here = sorted(pairs_at(task, model, pairs), key=lambda pair: -pair["mean"])
+        far = 3 * np.median([abs(end) for pair in here for end in ends_of(pair) if end] or [0])
+        near = [end for pair in here for end in ends_of(pair) if abs(pair["mean"]) <= far] + [0]
+        low, high = min(near), max(near)
+        power = 10 ** math.floor(math.log10(high - low or 1))
+        step = next(part * power for part in (0.2, 0.5, 1, 2) if high - low <= 6 * part * power)
+        low, high = min(low, -step), max(high, step)  # a tick on either side of 0
+
+        def at(value):
+            return left + width * (min(max(value, low), high) - low) / (high - low)
+
+        y, bottom = y + 30, y + 46 + 20 * len(here)
+        score = " and ".join(scored(task, TASK_METRICS.get(task, ("score",)), metric))
+        title = [here[0][name] for name in several] + [score]
+        text(12, y, "title", f"{', '.join(title)}, strategy − {'baseline' if others else baseline}")
+        for i in range(math.ceil(low / step), math.floor(high / step) + 1):
+            line(at(i * step), y + 8, at(i * step), bottom, "grid" if i else "zero")
+            text(at(i * step), bottom + 13, "tick", f"{i * step:+.3g}" if i else "0")
+        for pair in here:
+            y += 20
+            kind, ends = "claimed" if pair["holm_p"] < ALPHA else "open", ends_of(pair)
+            text(left - 16, y + 4, "name", name_of(pair))
+            line(at(min(ends)), y, at(max(ends)), y, kind)
+            if low <= pair["mean"] <= high:
+                drawn.append(f'<circle cx="{at(pair["mean"]):.1f}" cy="{y}" r="4" class="{kind}"/>')
+            for edge, tip, beyond in ((low, -6, min(ends) < low), (high, 6, max(ends) > high)):
+                if beyond:
+                    drawn.append(f'<path d="M{at(edge):.1f} {y - 4}v8l{tip}-4z" class="{kind}"/>')
+            text(left + width + 12, y + 4, "", f"{show(pair['mean'], '+z.4f')} "
+                 + show_interval(pair["low"], pair["high"]))
+        y = bottom + 20
+    return "\n".join([FOREST_HEAD.format(left + width + 210, y + 4), *drawn, "</svg>\n"])
 
 
 def write_report(folder: Path, **options) -> str:
-    """Analyses a folder and writes report.md, report.csv and report.json into it; options as for
-    `analyse`. Returns the Markdown."""
+    """Analyses a folder and writes report.md and report.svg into it, or against-STRATEGY.md and
+    .svg; options as for `analyse`. Returns the Markdown."""
     report = analyse(folder, **options)
-    text = to_markdown(report)
-    write_atomic(folder / "report.md", text)
-    write_atomic(folder / "report.csv", to_csv(report))
-    write_atomic(folder / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    name = f"against-{options['against']}" if options.get("against") else "report"
+    text = to_markdown(report, f"{name}.svg")
+    write_atomic(folder / f"{name}.md", text)
+    if report["pairs"]:
+        write_atomic(folder / f"{name}.svg", forest_svg(report["pairs"], report["metric"]))
     return text
 
 
 # --- run files ------------------------------------------------------------------------------------
 
 EXAM = ("accuracy", "common", "middle", "rare", "log_likelihood")
-METRICS = {name: task.metrics for name, task in glue.TASKS.items()} | {"mlm": EXAM}
-DEV_SETS = ("dev", "dev_mismatched")
-FIELDS = {"task": str, "model": str, "strategy": str, "seed": int, "args": dict, "last": dict,
-          "best": dict, "baseline": dict, "seconds": (int, float)}
+TASK_METRICS = {name: task.metrics for name, task in glue.TASKS.items()} | {"mlm": EXAM}
 
 
 def scored(task: str, names: list[str], metric: str | None) -> list[str]:
@@ -682,133 +618,104 @@ def scored(task: str, names: list[str], metric: str | None) -> list[str]:
     return [name for name in names if wanted in (None, name.removesuffix("_mm"))]  # _mm: MNLI's
 
 
-def score(task: str, metrics: dict[str, float], metric: str | None) -> float:
-    values = [metrics[name] for name in scored(task, list(metrics), metric)]
+def row_score(task: str, metrics: dict[str, float], metric: str | None) -> float:
+    values = [metrics[name] for name in scored(task, metrics, metric)]
     return sum(values) / len(values) if values else math.nan
 
 
-def answers(run: dict, dev_set: str) -> list[np.ndarray]:
-    """What a run answered to a dev set: predictions and labels (m,); in the exam right and count
-    (m, 3) and log_likelihood (m,). Raises InputError on damaged ones."""
-    exam = run["task"] == "mlm"
-    names = ("right", "count", "log_likelihood") if exam else ("predictions", "labels")
+def read_row(path: Path, metric: str | None) -> Row:
+    """A run of glue.py, or an exam that train.py took. Its answers to a dev set: predictions and
+    labels (m,), or right and count (m, 3) and log_likelihood (m,). Raises InputError, with the
+    file's name, on anything else, on a damaged file and on metrics that are not finite."""
+    run = {"baseline": {}} | read_json(path)
     try:
-        columns = [np.array(run[dev_set][name], dtype=float) for name in names]
-        m = len(columns[0])
-        shapes = [(m, 3), (m, 3), (m,)] if exam else [(m,), (m,)]
-        sound = m > 0 and [column.shape for column in columns] == shapes
-    except (KeyError, TypeError, ValueError):  # a column is missing, ragged, or holds no numbers
+        task, metrics, constant, args = run["task"], run["last"], run["baseline"], run["args"]
+        names = ("right", "count", "log_likelihood") if task == "mlm" else ("predictions", "labels")
+        answers = [[np.array(run[dev][name], dtype=float) for name in names]
+                   for dev in ("dev", "dev_mismatched") if dev in run]
+        sound = ({name.removesuffix("_mm") for name in metrics} == set(TASK_METRICS[task])
+                 and all(map(math.isfinite, [*metrics.values(), *constant.values()]))
+                 and all(0 < len(column) == len(each[0]) for each in answers for column in each))
+        # what came of defaults, and the versions, are settings as well
+        args |= {name: run[name] for name in ("device", "bf16", "lr") if name in run}
+        args |= run.get("versions") or {}
+        if pretraining := run.get("pretraining"):
+            pretraining |= pretraining.get("versions") or {}
+            pretraining.pop("teacher", None)  # one a seed; its weights are compared
+        score = row_score(task, metrics, metric)
+        if len(scored(task, metrics, metric)) > 1:
+            metrics = metrics | {"score": score}
+        if constant:
+            constant = constant | {"score": row_score(task, constant, metric)}
+        row = Row(task, run.get("pattern") or run["model"], str(run["strategy"]), int(run["seed"]),
+                  score, metrics, constant, float(run.get("masked") or math.nan), answers, run=run)
+    except (AttributeError, KeyError, TypeError, ValueError):  # a part is missing or of other kind
         sound = False
     if not sound:
-        raise InputError("its dev predictions are damaged")
-    return columns
+        raise InputError(f"{path} is no run of glue.py or train.py with finite metrics and whole "
+                         "answers: remove it")
+    return row
 
 
-def read_run(path: Path) -> dict:
-    """A run of glue.py, or an exam.json of train.py. Raises InputError, without the file's name, on
-    anything else."""
-    try:
-        run = read_json(path)
-    except InputError:
-        raise InputError("not JSON") from None
-    run = {"best": run.get("last"), "baseline": {}} | run  # the exam is taken once
-    sound = all(isinstance(run.get(name), kind) for name, kind in FIELDS.items()) \
-        and all(isinstance(value, (int, float)) for value in run["baseline"].values())
-    if not sound or run["task"] not in METRICS:
-        raise InputError("not a run of glue.py")
-    for name in DEV_SETS:
-        if name in run:
-            answers(run, name)
-    return run
-
-
-def make_row(run: dict, epoch: str, metric: str | None) -> Row:
-    """A run as a line of the table. Raises InputError where a metric is not a number."""
-    metrics = {name: value for name, value in run[epoch].items() if name != "epoch"}
-    if {name.removesuffix("_mm") for name in metrics} != set(METRICS[run["task"]]):
-        raise InputError(f"its metrics are not those of {run['task']}")
-    for name, value in metrics.items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InputError(f"its {name} is not a finite number")
-    masked = run.get("masked", (run.get("adaptation") or {}).get("masked"))
-    return Row(run["task"], run.get("pattern") or run["model"], run["strategy"], run["seed"],
-               score=score(run["task"], metrics, metric), metrics=metrics,
-               masked=math.nan if masked is None else masked, run=run)
-
-
-def read_rows(folder: Path, epoch: str, metric: str | None) -> tuple[list[Row], list[str]]:
-    """The table of a folder's runs, and a note on every file that could not be used.
-
-    Raises InputError where there is nothing to report, and where two files claim the same run:
-    which of them to believe is not for a program to choose."""
+def read_rows(folder: Path, metric: str | None) -> tuple[list[Row], list[str]]:
+    """The table of a folder's runs, and notes on collapsed runs and on tasks without the metric.
+    Raises InputError where there is nothing to report, and where two files claim to be one run."""
     rows, notes, claimed = [], [], {}
-    for path in sorted(path for path in folder.glob("*.json") if path.name != "report.json"):
-        if path.name.endswith(".error.json"):
-            notes.append(f"{path.name.removesuffix('.error.json')} failed")
-            continue
-        try:
-            row = make_row(read_run(path), epoch, metric)
-        except InputError as error:
-            notes.append(f"{path.name} is left out: {error}")
-            continue
+    for path in sorted(folder.glob("*.json")):
+        row = read_row(path, metric)
         cell = f"{row.task}, {row.model}, {row.strategy}, seed {row.seed}"
-        if cell in claimed:
-            raise InputError(f"{claimed[cell]} and {path.name} both claim to be {cell}: remove one "
-                             "of them")
-        claimed[cell] = path.name
+        if (first := claimed.setdefault(cell, path.name)) != path.name:
+            raise InputError(f"{first} and {path.name} both claim to be {cell}: remove one of them")
         if row.run.get("collapsed"):
             notes.append(f"{path.stem} collapsed: it gives every dev example the same answer")
         rows.append(row)
     if not rows:
         raise InputError(f"{folder} holds no finished run: python stats.py sweep --out {folder} "
                          "makes them")
-    kept = sorted((row for row in rows if not math.isnan(row.score)), key=by_order)
-    if not kept:
-        known = dict.fromkeys(name for row in rows for name in METRICS[row.task])
+    if not (kept := [row for row in rows if not math.isnan(row.score)]):
+        known = dict.fromkeys(name for row in rows for name in TASK_METRICS[row.task])
         raise InputError(f"--metric {metric}: no task here has it: choose from {', '.join(known)}")
     without = sorted({row.task for row in rows} - {row.task for row in kept})
-    return kept, notes + [f"{task} has no {metric} and is left out" for task in without]
+    notes += [f"{task} has no {metric} and is left out" for task in without]
+    # strategies in masking.py's order, so that a difference is new minus baseline
+    place = {name: i for i, name in enumerate(["none", *STRATEGIES])}
+    kept.sort(key=lambda row: (row.task, row.model, place.get(row.strategy, len(place)),
+                               row.strategy, row.seed))
+    return kept, notes
 
 
 def resample(rows: list[Row], metric: str | None, resamples: int) -> list[str]:
-    """Gives each row its scores on resampled dev examples, in place. Returns a note for each task
-    and model whose runs did not all keep their answers to the same examples."""
+    """Gives each row its scores on resampled dev examples, in place (of MNLI's two dev sets their
+    mean; of the exam whole windows, since one text's positions are alike). Returns a note for each
+    task and model whose runs kept no answers to the same examples."""
     notes = []
     for (task, model), group in grouped(rows, "task", "model").items():
-        asked = "count" if task == "mlm" else "labels"
-        sets = [[row.run[name][asked] for name in DEV_SETS if name in row.run] for row in group]
-        if all(found and found == sets[0] for found in sets):
-            for row in group:
-                row.resampled = resampled_task_scores(row.run, metric, resamples)
-        else:
+        def score(*columns, task=task):
+            found = train.exam_metrics(*columns) if task == "mlm" else glue.metrics(task, *columns)
+            return row_score(task, found, metric)
+
+        # the second column is the same for all: labels, or how many tokens an exam asked for
+        asked = [[found[1].tolist() for found in row.answers] for row in group]
+        if not all(found and found == asked[0] for found in asked):
             notes.append(f"{task}, {model}: no multi-bootstrap, the runs did not keep predictions "
                          "on the same dev examples")
+            continue
+        for row in group:
+            row.resampled = np.mean([
+                resampled_scores(score, *columns, resamples=resamples,
+                                 seed=zlib.crc32(f"{task} {name}".encode()))
+                for name, columns in zip(("dev", "dev_mismatched"), row.answers)], axis=0)
     return notes
 
 
-def resampled_task_scores(run: dict, metric: str | None, resamples: int) -> np.ndarray:
-    """(R,): a run's score on resampled dev sets. MNLI has two sets, each with samples of its own,
-    and their mean counts. Of the exam whole windows are drawn: one text's positions are alike."""
-    task = run["task"]
+# --- the sweep ------------------------------------------------------------------------------------
 
-    def task_score(*columns):
-        found = train.exam_metrics(*columns) if task == "mlm" else glue.metrics(task, *columns)
-        return score(task, found, metric)
-
-    return np.mean([resampled_scores(task_score, *answers(run, name), resamples=resamples,
-                                     seed=zlib.crc32(f"{task} {name}".encode()))
-                    for name in DEV_SETS if name in run], axis=0)
-
-
-# --- the grid -------------------------------------------------------------------------------------
-
-PRESETS = {
+GRIDS = {
     "typhoon": {  # [T] v2: 2 × 3 × 3 × 5 = 90 runs; 12 comparisons of Typhoon on one task
         "tasks": ["mrpc", "cola"],
         "models": ["huawei-noah/TinyBERT_General_4L_312D", "distilbert-base-uncased",
                    "bert-base-uncased"],
-        "strategies": ["random", "whole-word", "typhoon"],
-        "seeds": [0, 1, 2, 3, 4]},
+        "strategies": ["random", "whole-word", "typhoon"]},
     "entropy": {  # [E]: which strategy pretrains better, with and without distillation
         "tasks": glue.NINE,
         "models": ["runs/{masking}-{seed}"],
@@ -816,163 +723,69 @@ PRESETS = {
                        "random-kd", "entropy-kd", "self-entropy-kd"],
         "seeds": [0, 1, 2]},
 }
-PRETRAINING = {name: ["--masking", name] for name in STRATEGIES}  # what {masking} stands for
-PRETRAINING |= {f"{name}-kd": ["--masking", name, "--kd-weight", "0.5"] for name in STRATEGIES}
-HERE = Path(__file__).parent
+WEIGHTS = "model.safetensors"  # train.py writes it last: a directory without it was interrupted
 
 
-@dataclass(frozen=True)
-class Run:
-    """A cell of the grid. model: a name, a directory, or a pattern with {masking} and {seed};
-    strategy: a name or FILE.py:CLASS."""
-    task: str
-    model: str
-    strategy: str
-    seed: int
+def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds: list[int],
+         folder: Path, pretrain: list[str] | None = None, extra: list[str] = ()) -> list[dict]:
+    """Returns what is missing of a grid: three {output: command}, of teachers, models and runs, and
+    {output: what is added to a model's exam.json} of the task mlm. Whole comparisons come early.
 
-    @property
-    def label(self) -> str:
-        return strategy_label(self.strategy)
+    models: names, directories, or patterns with {masking} and {seed}; strategies: as `strategy`
+    reads them; pretrain: train.py's options for the models of a pattern, None to make none; extra:
+    glue.py's. Raises InputError on what cannot be a run, and ends as they do on other options."""
+    teachers, trained, runs, exams = {}, {}, {}, {}
+    for model, task, seed, strategy in product(models, tasks, seeds, strategies):
+        label, pretraining, adaptation = strategy
 
-    @property
-    def name(self) -> str:
-        """`mrpc--runs-masking-seed--entropy--3`: the run's file, without .json."""
-        return "--".join([self.task, slug(self.model), self.label, str(self.seed)])
+        def fill(text, masking=label, seed=str(seed)):
+            return text.replace("{masking}", masking).replace("{seed}", seed)
 
-    @property
-    def checkpoint(self) -> str:
-        return self.model.replace("{masking}", self.label).replace("{seed}", str(self.seed))
-
-    def command(self, output: Path, extra: list[str], script: Path = HERE / "glue.py") -> list[str]:
-        """A model that {masking} pretrained is not adapted again. The pattern is passed on: by it
-        the report knows the checkpoints of all seeds as one model."""
-        command = [sys.executable, str(script), "--task", self.task, "--model", self.checkpoint,
-                   "--seed", str(self.seed), "--json", str(output)]
-        if self.checkpoint != self.model:
-            command += ["--pattern", self.model]
-        if "{masking}" in self.model:
-            command += ["--label", self.label]
-        elif self.strategy != "none":
-            command += ["--adapt", self.strategy]
-        return [*command, *extra]
-
-
-def slug(model: str) -> str:
-    """A model in a file name: `runs/{masking}-{seed}` becomes `runs-masking-seed`."""
-    return re.sub(r"[^\w.]+", "-", model).strip("-")
-
-
-def plan(*, tasks: list[str], models: list[str], strategies: list[str], seeds: list[int]):
-    """The runs of a grid, in an order that finishes whole comparisons early. Raises InputError on
-    a brace or a character that a name cannot have, and where two runs would share a name."""
-    runs = [Run(task, model, strategy, seed) for model in models for task in tasks
-            for seed in seeds for strategy in strategies]
-    for run in runs:
-        if re.search(r"[{}]", run.checkpoint):
-            raise InputError(f"--models {run.model}: a pattern holds {{masking}} and {{seed}} and "
-                             "no other brace")
-        if not re.fullmatch(r"[\w.+-]+", run.label):
-            raise InputError(f"--strategies {run.strategy}: a name has letters, digits, and "
-                             ". + - _ only")
-        if run.task == "mlm" and "{masking}" not in run.model:
-            raise InputError(f"--tasks mlm compares pretraining, and --models {run.model} has no "
-                             "{masking}: give a pattern such as 'runs/{masking}-{seed}'")
-    name, count = Counter(run.name for run in runs).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"two runs of this grid would both write {name}.json: name each value "
-                         "once")
-    return runs
+        name = re.sub(r"[^\w.]+", "-", model).strip("-")
+        output = folder / f"{task}--{name}--{label}--{seed}.json"
+        if output in runs or output in exams:
+            raise InputError(f"two runs of this grid would both write {output}")
+        if output.exists():
+            continue
+        is_pretraining, checkpoint = "{masking}" in model, Path(fill(model))
+        weights = checkpoint / WEIGHTS
+        if is_pretraining and pretrain is not None and not (weights.exists() or weights in trained):
+            common = list(map(fill, pretrain))
+            command = training(checkpoint, [*common, *map(fill, pretraining), "--seed", str(seed)])
+            args = train.parse_args(command[2:])
+            if train.wants_teacher(args):  # one for each seed, made without the strategy's options
+                teacher = Path(fill(model, masking="teacher"))
+                command += ["--teacher", str(teacher)]
+                if not (teacher / WEIGHTS).exists():
+                    # with the student's seed it would start from the student's weights
+                    teachers[teacher / WEIGHTS] = training(teacher, [
+                        *common, *train.teacher_options(args), "--seed", str(2 ** 32 + seed)])
+            trained[weights] = command
+        needed = checkpoint / "exam.json" if task == "mlm" else checkpoint
+        if "{" in model and not needed.exists() and weights not in trained:
+            raise InputError(f"{needed} is not there: --pretrain makes it")
+        if task == "mlm":
+            if not is_pretraining:
+                raise InputError(f"--tasks mlm compares pretraining, and --models {model} has no "
+                                 "{masking}: give a pattern such as 'runs/{masking}-{seed}'")
+            exams[output] = {"model": str(checkpoint), "strategy": label, "pattern": model,
+                             "seed": seed}
+            continue
+        options = [*extra, *(["--label", label] if is_pretraining else adaptation)]
+        if "{" in model:  # by it the report knows the checkpoints of all seeds as one model
+            options += ["--pattern", model]
+        options += ["--task", task, "--model", str(checkpoint), "--seed", str(seed),
+                    "--json", str(output)]
+        glue.parse_args(options)
+        runs[output] = [sys.executable, glue.__file__, *options]
+    return [teachers, trained, runs, exams]
 
 
-def weights_now(checkpoint: str) -> str | None:
-    """The digest of a model directory's weights as they are; None where there are none."""
-    files = [Path(checkpoint) / name for name in ("model.safetensors", "pytorch_model.bin")]
-    return weights_digest(checkpoint) if any(file.exists() for file in files) else None
-
-
-def finished_runs(runs: list[Run], folder: Path) -> dict[Run, dict]:
-    """The results that need not be made: they can be read, and their model has not been trained
-    again since."""
-    weights = {name: weights_now(name) for name in {run.checkpoint for run in runs}}
-    done = {}
-    for run in runs:
-        with contextlib.suppress(InputError):  # no file, or a damaged one
-            found = read_run(folder / f"{run.name}.json")
-            now = weights[run.checkpoint]
-            if now is None or found.get("weights") in (None, now):
-                done[run] = found
-    return done
-
-
-# --- the sweep ------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Job:
-    """A process to run: done when `output` is there; a failure is recorded in `error`."""
-    command: list[str]
-    output: Path
-    error: Path
-    turn: int = 0  # 0: it trains a teacher, 1: it needs none, 2: it waits for a teacher of turn 0
-
-
-def pretraining_jobs(runs: list[Run], folder: Path, *, extra: list[str] = (),
-                     arms: dict | None = None, done: dict | None = None,
-                     parse=train.parse_args) -> list[Job]:
-    """A job for every checkpoint of a {masking} pattern that is not there yet. train.py writes
-    model.safetensors last; a directory without it was interrupted, and goes on.
-
-    extra: options for all, in which {seed} is replaced; arms: {strategy: its options}; done: the
-    finished runs; parse: how train.py reads its options. Raises InputError on what that refuses,
-    and where a checkpoint, or the model of a finished run, was pretrained with other options: it is
-    no run of this grid."""
-    known = PRETRAINING | (arms or {})
-    jobs, teachers = {}, set()
-    for run in (run for run in runs if "{masking}" in run.model):
-        weights = Path(run.checkpoint) / "model.safetensors"
-        settings = weights.parent / "train_args.json"
-        arm = known.get(run.strategy)
-        if run.strategy != run.label:  # FILE.py:CLASS
-            arm = ["--masking", run.strategy]
-        if weights.exists() and not (arm and settings.exists()):
-            continue  # made by other means: it is taken as it is
-        if not arm:
-            raise InputError(f"--pretrain knows no strategy {run.strategy}: choose from "
-                             f"{', '.join(known)}, FILE.py:CLASS, or give an --arm")
-        common = [option.replace("{seed}", str(run.seed)) for option in extra]
-        options = [*common, *arm, "--seed", str(run.seed)]
-        if not weights.exists():
-            options += ["--out", run.checkpoint]
-            options += ["--resume", run.checkpoint] if settings.exists() else []
-        asked = parsed(parse, options, "train.py")
-        if settings.exists():
-            check_same(run.checkpoint, read_json(settings), vars(asked))
-        if result := (done or {}).get(run, {}).get("pretraining"):
-            check_same(f"the model of {run.name}.json", result, vars(asked))
-        wants_teacher = not asked.teacher and (
-            find_strategy(asked.masking).needs_teacher or asked.kd_weight > 0)
-        teacher = shlex.join(common) if wants_teacher else None  # what its weights depend on
-        if not weights.exists() and run.checkpoint not in jobs:
-            turn = 1
-            if wants_teacher:
-                turn = 2 if teacher in teachers else 0
-            jobs[run.checkpoint] = Job(
-                [sys.executable, str(HERE / "train.py"), *options], weights,
-                folder / f"pretrain--{slug(run.checkpoint)}.error.json", turn)
-        teachers.add(teacher)
-    return list(jobs.values())
-
-
-def parsed(parse, options: list[str], program: str) -> argparse.Namespace:
-    """What another program's `parse` makes of its options. Raises InputError on what it refuses."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return parse(options)
-    except SystemExit as end:
-        if not end.code:
-            raise  # --help
-        reason = said.getvalue().strip().partition(": ")[2]  # without the name of this program
-        raise InputError(f"the options for {program}: {reason}") from None
+def training(directory: Path, options: list[str]) -> list[str]:
+    """The command that makes a model, or goes on with one that was interrupted."""
+    interrupted = (directory / "train_args.json").exists()
+    options = ["--resume"] if interrupted else [*options, "--out"]
+    return [sys.executable, train.__file__, *options, str(directory)]
 
 
 CHILD = """
@@ -987,274 +800,126 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def finish(job: Job, returncode: int, stderr: str) -> list[str]:
-    """Records how a job ended. Returns why it failed; nothing where its output is there."""
-    for left_over in job.output.parent.glob(f".{job.output.name}.*"):  # of a killed attempt
-        left_over.unlink(missing_ok=True)
-    if returncode == 0 and job.output.exists():
-        job.error.unlink(missing_ok=True)
-        return []
-    reason = (stderr.strip().splitlines() or ["it said nothing"])[-1]
-    record = {"error": reason, "command": job.command, "returncode": returncode}
-    write_atomic(job.error, json.dumps(record) + "\n")
-    return [reason]
-
-
-def run_jobs(jobs: list[Job], parallel: int, bar: tqdm) -> list[str]:
-    """Runs the jobs, `parallel` at once, each a process of its own. Returns why each that failed
-    did; a failure stops no other. If this process ends, however it does, the jobs in flight end
-    with it; they are the only ones to run again."""
-    parallel = max(1, min(parallel, len(jobs)))
-    threads = max(1, (os.cpu_count() or 1) // parallel)  # jobs that share cores must not fight
+def run_stage(commands: dict[Path, list[str]], parallel: int) -> list[str]:
+    """Runs the commands, `parallel` at once, each a process of its own with its output in NAME.log.
+    Returns why each that failed did; a failure stops no other. If this process ends, however it
+    does, those in flight end too: a sweep that starts again must not meet them in a directory."""
+    threads = max(1, (os.cpu_count() or 1) // parallel)  # those that share cores must not fight
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     reader, writer = os.pipe()  # the writing end closes with this process: see CHILD
 
-    def run(job):
-        return job, subprocess.run(
-            [sys.executable, "-c", CHILD, *job.command[1:]], env=environment, stdin=reader,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    def run(output, command):
+        name = output.parent if output.name == WEIGHTS else output.with_suffix("")
+        log = Path(f"{name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as file:
+            ended = subprocess.run([sys.executable, "-c", CHILD, *command[1:]], env=environment,
+                                   stdin=reader, stdout=file, stderr=file)
+        if ended.returncode == 0 and output.exists():
+            print(f"{name} is done", flush=True)
+            return None
+        reason = (log.read_text(errors="replace").strip() or "it said nothing").splitlines()[-1]
+        print(f"{name} failed: {reason}", flush=True)
+        return reason
 
-    pool, failures = ThreadPoolExecutor(parallel), []
+    pool = ThreadPoolExecutor(parallel)
     try:
-        for future in as_completed([pool.submit(run, job) for job in jobs]):
-            job, ended = future.result()
-            failures += finish(job, ended.returncode, ended.stderr)
-            bar.set_postfix(failed=len(failures))
-            bar.update()
+        return list(filter(None, pool.map(run, commands, commands.values())))
     finally:
-        os.close(writer)  # after an interruption: ends the jobs in flight
+        os.close(writer)  # after an interruption: ends those in flight
         pool.shutdown(cancel_futures=True)  # and waits for their end
         os.close(reader)
-    return failures
-
-
-def copy_exam(run: Run, output: Path) -> list[str]:
-    """Copies the exam of a pretrained model, as a run of this grid. Returns why it could not."""
-    path = Path(run.checkpoint) / "exam.json"
-    try:
-        exam = read_run(path)
-    except InputError:
-        return [f"{path} is not there, or damaged"]
-    cell = {"model": run.checkpoint, "strategy": run.label, "pattern": run.model, "seed": run.seed,
-            "weights": weights_now(run.checkpoint)}
-    write_atomic(output, json.dumps(exam | cell) + "\n")
-    return []
-
-
-def sweep(runs: list[Run], folder: Path, *, extra: list[str] = (), parallel: int = 1,
-          pretraining: list[Job] = (), script: Path = HERE / "glue.py") -> list[str]:
-    """Pretrains, then makes what is missing of the grid: folder/NAME.json. Returns the reason of
-    each failure.
-
-    A file is there whole or not at all (glue.py renames it into place), so a sweep killed at any
-    moment goes on where it was. A file that cannot be read, or whose model has been trained again
-    since, is made again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(pretraining) + len(runs), desc="sweep", unit="run", smoothing=0) as bar:
-        pretraining = sorted(pretraining, key=lambda job: job.turn)
-        failures = run_jobs([job for job in pretraining if job.turn < 2], parallel, bar)
-        failures += run_jobs([job for job in pretraining if job.turn == 2], parallel, bar)
-        done = finished_runs(runs, folder)  # now that the models are what they will be
-        bar.update(len(done))
-        jobs = []
-        for run in [run for run in runs if run not in done]:
-            output = folder / f"{run.name}.json"
-            if output.exists():
-                bar.write(f"{output} is made again: it is damaged, or {run.checkpoint} has been "
-                          "trained since")
-                output.unlink()  # else a failed run would seem to have made it
-            if run.task == "mlm":
-                failures += copy_exam(run, output)
-                bar.update()
-            else:
-                jobs.append(Job(run.command(output, extra, script), output,
-                                folder / f"{run.name}.error.json"))
-        return failures + run_jobs(jobs, parallel, bar)
-
-
-def dry_run(runs: list[Run], folder: Path, parallel: int, pretraining: list[Job],
-            downloads: list[str]):
-    """Prints every run with its state, what would be downloaded, and the time that is left."""
-    done = finished_runs(runs, folder)
-    lines = [f"pretrain  {job.output.parent}" for job in pretraining]
-    for run in runs:
-        state = "failed" if (folder / f"{run.name}.error.json").exists() else "missing"
-        lines.append(f"{'done' if run in done else state:8}  {run.name}")
-    lines += [f"download  {name}" for name in downloads]
-    missing, time_left = len(runs) - len(done), "no estimate before the first run is finished"
-    if done:
-        seconds = missing * mean_sd([result["seconds"] for result in done.values()])[0] / parallel
-        time_left = (f"about {seconds / 60:.0f} minutes with --jobs {parallel}, from {len(done)} "
-                     "finished runs")
-    print(*lines, f"{missing} of {len(runs)} runs to do: {time_left}"
-          + "; pretraining not counted" * bool(pretraining), sep="\n")
 
 
 # --- command line ---------------------------------------------------------------------------------
 
-def strategy(text: str) -> str:
-    """An argparse type: any name, or FILE.py:CLASS where that can be read."""
-    if ":" in text:
-        find_strategy(text)
-    return text
-
-
-def arm(text: str) -> tuple[str, str]:
-    """An argparse type: NAME=OPTIONS."""
-    name, _, options = text.partition("=")
-    if not options or name in PRETRAINING:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME='OPTIONS' with a name of its own")
-    return name, options
-
-
-def options_of(option: str, text: str | list[str], *taken: str) -> list[str]:
-    """The options for another program that `option` was given, split as a shell would. Raises
-    InputError where that fails, or one of them is `taken`: the sweep sets it."""
-    try:
-        options = shlex.split(text) if isinstance(text, str) else text
-    except ValueError as error:
-        raise InputError(f"{option} {text}: {error}, so where do its options end?") from None
-    for name in [word.split("=")[0] for word in options]:
-        if name in taken:
-            raise InputError(f"{name} is set by the sweep: leave it out of what {option} passes on")
-    return options
+def strategy(text: str) -> tuple[str, list[str], list[str]]:
+    """An argparse type: NAME, NAME-kd, FILE.py:CLASS or NAME=OPTIONS. Returns the name in files and
+    reports, the options for train.py, where it pretrains, and for glue.py, where it adapts."""
+    name, is_own, options = text.partition("=")
+    label = strategy_label(name)
+    if not re.fullmatch(r"[\w.+-]+", label) or label == "teacher":
+        raise argparse.ArgumentTypeError(f"{label!r} cannot name a strategy")
+    if is_own:
+        return label, shlex.split(options), [*shlex.split(options), "--label", label]
+    masking = name.removesuffix("-kd")
+    distilled = ["--kd-weight", "0.5"] if masking != name else []
+    return label, ["--masking", masking, *distilled], ["--adapt", name]
 
 
 def parse_args(argv=None):
-    """The arguments; `extra` holds what follows `--`, for glue.py."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(prog="stats.py", description="Compare masking strategies over seeds.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{sweep,report}")
-
-    add = commands.add_parser(
-        "sweep", help="run a grid; what is done is skipped",
-        epilog="What follows -- goes to glue.py: sweep --preset typhoon -- --epochs 2. A finished "
-               "run that was made with other options is refused.").add_argument
-    add("--preset", choices=list(PRESETS), help="a paper's grid; the next four replace parts of it")
+    add = commands.add_parser("sweep", help="run a grid; what is done is skipped").add_argument
+    add("--preset", choices=list(GRIDS), help="a paper's grid; the next four replace parts of it")
     add("--tasks", nargs="+", choices=[*glue.NINE, "mlm"], metavar="TASK",
         help=f"{' '.join(glue.NINE)}, or mlm, the held-out exam of train.py")
     add("--models", nargs="+",
         help="names or directories; runs/{masking}-{seed} compares pretraining strategies")
-    add("--strategies", nargs="+", type=strategy,
-        help="of adaptation, FILE.py:CLASS, or none; what {masking} in --models stands for")
-    add("--seeds", nargs="+", type=number(int, low=0), help="(default: 0 1 2 3 4)")
-    add("--out", type=Path, help="folder of the JSON files (default: runs/sweep[-PRESET])")
-    add("--jobs", type=number(int, low=1), default=1, help="runs at once")
-    add("--shard", metavar="I/N", help="only every N-th run, from the I-th on: for a job array")
-    add("--dry-run", action="store_true", help="list the runs, the downloads, the time they take")
-    add("--pretrain", nargs="?", const="", metavar="OPTIONS",
-        help="first make the models of a {masking} pattern with train.py and these options, in "
-             "which {seed} is replaced: '--steps 2000 --teacher-seed {seed}'")
-    add("--arm", type=arm, action="append", default=[], metavar="NAME=OPTIONS",
-        help="one more strategy: pretraining with these options, "
+    add("--strategies", nargs="+", type=strategy, metavar="STRATEGY",
+        help="of adaptation, or what {masking} stands for: NAME, NAME-kd (distilled), none, "
+             "FILE.py:CLASS, or options of train.py or glue.py by a name of your own: "
              "kd8='--masking random --kd-weight 0.8'")
+    add("--seeds", nargs="+", type=number(int, low=0), metavar="SEED",
+        help="the seeds themselves, not how many (default: 0 1 2 3 4)")
+    add("--out", type=Path, help="folder of the JSON files (default: runs/sweep[-PRESET])")
+    add("--jobs", type=number(int, low=1), default=1, help="commands at once")
+    add("--dry-run", action="store_true", help="print the commands")
+    add("extra", nargs="*", metavar="-- OPTION", help="glue.py's: --preset typhoon -- --epochs 2")
+    add("--pretrain", nargs="?", const=[], type=shlex.split, metavar="OPTIONS",
+        help="first make the models of a {masking} pattern with train.py and these options, in "
+             "which {seed} is replaced; a teacher, where one is wanted, is made for each seed")
 
     add = commands.add_parser("report", help="the statistics of a folder of runs").add_argument
     add("folder", type=Path, help="where sweep or glue.py --json wrote")
-    add("--epoch", choices=["last", "best"], default="last",
-        help="best is chosen on the dev set: optimistic")
     add("--effect", type=number(float, above=0), help="count the seeds that would find it: 0.01")
     add("--metric", help="compare by this one, such as f1 (default: the mean of a task's metrics)")
     add("--against", metavar="STRATEGY",
         help="compare only with this one, on single tasks: they are the family for Holm")
-    args = parser.parse_args(argv[:split])
-    args.extra = argv[split + 1:]
-    return args
+    return parser.parse_args(argv)
 
 
-def grid(args) -> list[Run]:
-    """The runs that the arguments ask for. Raises InputError where one of the four lists is
-    missing, or --shard is wrong."""
-    lists = {"seeds": [0, 1, 2, 3, 4]} | PRESETS.get(args.preset, {})
-    for name in ("tasks", "models", "strategies", "seeds"):
-        if given := getattr(args, name):
-            lists[name] = given
-    if args.arm:
-        lists["strategies"] = list(dict.fromkeys([*lists.get("strategies", []), *dict(args.arm)]))
-    missing = [f"--{name}" for name in ("tasks", "models", "strategies") if name not in lists]
-    if missing:
+def sweep(args):
+    """Plans the sweep, then runs it or prints its commands."""
+    grid = {"seeds": [0, 1, 2, 3, 4]} | GRIDS.get(args.preset, {})
+    if args.preset:
+        grid["strategies"] = list(map(strategy, grid["strategies"]))
+    names = ("tasks", "models", "strategies", "seeds")
+    grid |= {name: getattr(args, name) for name in names if getattr(args, name)}
+    if missing := [f"--{name}" for name in names if name not in grid]:
         raise InputError(f"{' and '.join(missing)} missing: give them, or --preset "
-                         f"{' or '.join(PRESETS)}")
-    runs = plan(**lists)
-    if not args.shard:
-        return runs
-    # of the whole grid, not of what is missing now: jobs that start at different times must
-    # neither share a run nor lose one
-    first, _, step = args.shard.partition("/")
-    if not (first.isdecimal() and step.isdecimal() and 1 <= int(first) <= int(step)):
-        raise InputError(f"--shard {args.shard}: write it as 1/4, 2/4, 3/4, 4/4")
-    if args.pretrain is not None:
-        raise InputError("--pretrain with --shard would train a model twice: first sweep "
-                         "--pretrain, then the shards")
-    return runs[int(first) - 1::int(step)]
-
-
-def check_models(runs: list[Run], pretraining: list[Job]) -> list[str]:
-    """The models that come from the hub. Raises InputError on any other that has no weights and
-    that `pretraining` does not make."""
-    made, from_hub = {str(job.output.parent) for job in pretraining}, {}
-    for run in (run for run in runs if str(Path(run.checkpoint)) not in made):
-        path = Path(run.checkpoint)
-        hub_name = run.checkpoint == run.model and len(path.parts) <= 2  # NAME or OWNER/NAME
-        if hub_name and not Path(path.parts[0]).exists():
-            from_hub[run.checkpoint] = None
-        elif not weights_now(run.checkpoint):
-            raise InputError(f"{run.checkpoint} is not there, or has no weights: train.py --out "
-                             f"{run.checkpoint} or --pretrain makes it")
-        if run.task == "mlm" and not (path / "exam.json").exists():
-            raise InputError(f"{run.checkpoint} has no exam.json, so an earlier version made it: "
-                             "pretrain again, under another name")
-    return list(from_hub)
-
-
-def sweep_command(args):
-    """Checks what can be known beforehand, options for glue.py and train.py by their own rules;
-    then sweeps."""
-    runs = grid(args)
+                         f"{' or '.join(GRIDS)}")
+    if args.pretrain is not None and not any("{masking}" in model for model in grid["models"]):
+        raise InputError("--pretrain makes the models of a pattern, and --models has none with "
+                         "{masking}")
     folder = args.out or Path("runs") / "-".join(filter(None, ("sweep", args.preset)))
-    options_of("--", args.extra, "--task", "--model", "--seed", "--adapt", "--label", "--pattern",
-               "--json")
-    done = finished_runs(runs, folder)
-    downloads = {}
-    for run in (run for run in runs if run.task != "mlm"):
-        command = run.command(folder / f"{run.name}.json", args.extra)
-        asked = vars(parsed(glue.parse_args, command[2:], "glue.py"))
-        if run in done:
-            check_same(f"{folder / run.name}.json", done[run]["args"], asked)
-        if not (Path(asked["data_dir"]) / glue.TASKS[run.task].folder).is_dir():
-            downloads[f"the data of {run.task}, which are not in {asked['data_dir']}"] = None
-    pretraining = []
-    if args.pretrain is not None:
-        if not any("{masking}" in run.model for run in runs):
-            raise InputError("--pretrain makes the models of a pattern, and --models has none with "
-                             "{masking}")
-        taken = ("--seed", "--out", "--resume")
-        options = options_of("--pretrain", args.pretrain, "--masking", "--kd-weight", *taken)
-        arms = {name: options_of("--arm", text, *taken) for name, text in args.arm}
-        # train.py's full check downloads the corpus, its parser alone does not
-        parse = train.make_parser().parse_args if args.dry_run else train.parse_args
-        pretraining = pretraining_jobs(runs, folder, extra=options, arms=arms, done=done,
-                                       parse=parse)
-    models = check_models(runs, pretraining)
+    *stages, exams = plan(**grid, folder=folder, pretrain=args.pretrain, extra=args.extra)
     if args.dry_run:
-        return dry_run(runs, folder, args.jobs, pretraining, [*models, *downloads])
-    # SIGTERM as an exception, so that run_jobs ends its processes
+        for stage in stages:
+            print("".join(shlex.join(command) + "\n" for command in stage.values()), end="")
+        return
+    for model in grid["models"]:
+        if "{" not in model:  # downloaded once, or refused, before processes start
+            weight_file(find_pretrained(model))
+    # SIGTERM as an exception, so that run_stage ends its processes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    failures = sweep(runs, folder, extra=args.extra, parallel=args.jobs, pretraining=pretraining)
+    failures = [failure for stage in stages for failure in run_stage(stage, args.jobs)]
+    for output, cell in exams.items():
+        model = Path(cell["model"])
+        if (model / WEIGHTS).exists():  # else its training has failed
+            exam = read_json(model / "exam.json") | cell | {"weights": weights_digest(model)}
+            write_atomic(output, json.dumps(exam) + "\n")
     if failures:
-        reasons = [f"{count} × {reason}" for reason, count in Counter(failures).most_common(3)]
-        raise RunError(f"{len(failures)} failed: {'; '.join(reasons)}. {folder}/*.error.json hold "
-                       "the commands, and the same sweep tries them again")
-    print(f"{len(runs)} runs in {folder}: python stats.py report {folder}")
+        raise RunError(f"{len(failures)} failed, first: {failures[0]}. The same sweep tries again")
+    print(f"all runs are in {folder}: python stats.py report {folder}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.command == "sweep":
-        sweep_command(args)
+        sweep(args)
     else:
-        print(write_report(args.folder, epoch=args.epoch, effect=args.effect, metric=args.metric,
+        print(write_report(args.folder, effect=args.effect, metric=args.metric,
                            against=args.against), end="")
 
 

@@ -1,18 +1,21 @@
-"""What is true of stats.py: each statistic against something outside it, then the report, the sweep, the command line.
+"""What is true of stats.py: each statistic against something outside it, then the report, the
+picture, the sweep and the command line, in the order of the source.
 
-The golden report: after a wanted change, `python stats.py report tests/data/stats/runs` and move its report.* one
-folder up.
+The golden report: after a wanted change, `python stats.py report tests/data/stats/runs --effect
+0.01` and move its report.* one folder up.
 """
 import json
 import math
-import multiprocessing
+import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
+import xml.etree.ElementTree as ElementTree
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +23,8 @@ import numpy as np
 import pytest
 
 import stats
-from model import InputError, RunError
+import train
+from model import InputError
 
 DATA = Path(__file__).parent / "data" / "stats"
 
@@ -28,8 +32,9 @@ DATA = Path(__file__).parent / "data" / "stats"
 # --- Student's t ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("df, alpha, printed", [
-    (1, 0.05, 12.706), (2, 0.05, 4.303), (3, 0.05, 3.182), (4, 0.05, 2.776), (9, 0.05, 2.262), (30, 0.05, 2.042),
-    (120, 0.05, 1.980), (4, 0.01, 4.604), (9, 0.01, 3.250), (4, 0.10, 2.132), (9, 0.001, 4.781)])
+    (1, 0.05, 12.706), (2, 0.05, 4.303), (3, 0.05, 3.182), (4, 0.05, 2.776), (9, 0.05, 2.262),
+    (30, 0.05, 2.042), (120, 0.05, 1.980), (4, 0.01, 4.604), (9, 0.01, 3.250), (4, 0.10, 2.132),
+    (9, 0.001, 4.781)])
 def test_critical_values_are_those_of_the_printed_tables(df, alpha, printed):
     assert stats.t_critical(df, alpha) == pytest.approx(printed, abs=5e-4)
 
@@ -44,6 +49,8 @@ def test_the_tail_is_the_closed_form_for_one_two_and_four_degrees_of_freedom(t):
         assert stats.t_tail(t, 4) == pytest.approx(1 - x * (3 - x * x) / 2, abs=1e-12)
 
 
+# --- paired statistics ----------------------------------------------------------------------------
+
 def test_t_p_and_interval_agree_with_scipy_on_1000_samples():
     scipy_stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
@@ -52,46 +59,49 @@ def test_t_p_and_interval_agree_with_scipy_on_1000_samples():
         a = rng.normal(rng.normal(), 1, n)
         b = rng.random() * a + rng.normal(3 * rng.normal(), rng.random() + 0.01, n)
         expected = scipy_stats.ttest_rel(a, b)
-        assert stats.paired_t_test(a, b) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-9)
-        assert stats.confidence_interval(a - b) == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
+        assert stats.paired_t_test(a, b) == pytest.approx(
+            (expected.statistic, expected.pvalue), rel=1e-9)
+        assert stats.confidence_interval(a - b) == pytest.approx(
+            tuple(expected.confidence_interval(0.95)), rel=1e-9)
 
 
 def test_a_paired_t_test_by_hand():
     t, p = stats.paired_t_test([3, 5, 7], [2, 3, 4])  # differences 1, 2, 3: mean 2, sd 1, t = 2 √3
     assert t == pytest.approx(2 * math.sqrt(3))
     assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))
-    assert stats.cohen_dz([1, 2, 3]) == 2
 
 
 def test_the_sign_of_t_says_which_of_the_two_is_better():
     better, worse = [3, 5, 7], [2, 3, 4]
     t, p = stats.paired_t_test(worse, better)
     assert t == pytest.approx(-2 * math.sqrt(3)) and 0 < p < 0.1
-    assert stats.cohen_dz([-1, -2, -3]) == -2
     low, high = stats.confidence_interval([-1, -2, -3])
     assert (low, high) == pytest.approx((-2 - 2.484, -2 + 2.484), abs=1e-3)
 
 
 def test_one_seed_gives_no_test_and_no_interval():
-    assert all(map(math.isnan, stats.paired_t_test([0.8], [0.7]) + stats.confidence_interval([0.1])))
+    assert all(map(math.isnan, stats.paired_t_test([0.8], [0.7])))
+    assert all(map(math.isnan, stats.confidence_interval([0.1])))
     assert math.isnan(stats.minimum_detectable_effect([0.1]))
     assert stats.sign_flip_test([0.1]) == 1
 
 
-def test_differences_that_are_all_zero_are_no_evidence():
-    assert stats.paired_t_test([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]) == (0, 1)
-    assert stats.confidence_interval([0, 0, 0]) == (0, 0)
-    assert stats.sign_flip_test([0, 0, 0]) == 1
-    assert math.isnan(stats.cohen_dz([0, 0, 0]))
+@pytest.mark.parametrize("a, b", [
+    ([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]), ([0.81, 0.15, 0.7], [0.80, 0.14, 0.69])])
+def test_without_a_spread_there_is_no_test_no_interval_and_no_effect(a, b):
+    """0.81 - 0.80, 0.15 - 0.14 and 0.70 - 0.69 are three different floats."""
+    differences = np.subtract(a, b)
+    assert all(map(math.isnan, stats.paired_t_test(a, b) + stats.confidence_interval(differences)))
+    assert math.isnan(stats.minimum_detectable_effect(differences))
+    assert stats.sign_flip_test(differences) == (0.25 if differences.any() else 1)  # 2 / 2^3
 
 
-def test_a_constant_difference_has_no_p_value_even_where_rounding_makes_it_vary():
-    a, b = [0.81, 0.15, 0.7], [0.80, 0.14, 0.69]
-    assert len({x - y for x, y in zip(a, b)}) > 1  # rounding
-    t, p = stats.paired_t_test(a, b)
-    assert t == math.inf and math.isnan(p)
-    assert stats.paired_t_test(b, a)[0] == -math.inf
-    assert stats.sign_flip_test(np.subtract(a, b)) == 0.25  # 2 / 2^3
+def test_a_nan_comes_out_as_nan():
+    for differences in ([math.nan, 0.01, 0.02], [0.01, 0.02, math.nan], [0.1] * 24 + [math.nan]):
+        assert math.isnan(stats.sign_flip_test(differences))
+        assert math.isnan(stats.minimum_detectable_effect(differences))
+        tested = stats.paired_t_test(differences, [0.0] * len(differences))
+        assert all(map(math.isnan, tested + stats.confidence_interval(differences)))
 
 
 def test_scores_that_do_not_pair_up_are_refused():
@@ -99,15 +109,14 @@ def test_scores_that_do_not_pair_up_are_refused():
         stats.paired_t_test([1.0], [1.0, 2.0])
 
 
-# --- sign flips, Holm, power ----------------------------------------------------------------------
-
 @pytest.mark.parametrize("seed", range(20))
 def test_sign_flip_counts_what_brute_force_counts(seed):
     rng = np.random.default_rng(seed)
     differences = rng.integers(-4, 6, size=rng.integers(1, 11)) / 10  # many ties
     sums = [abs(sum(s * d for s, d in zip(signs, differences)))
             for signs in product((1, -1), repeat=len(differences))]
-    assert stats.sign_flip_test(differences) == np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
+    as_extreme = np.array(sums) >= abs(differences.sum()) - 1e-12
+    assert stats.sign_flip_test(differences) == np.mean(as_extreme)
 
 
 def test_sign_flip_of_five_equal_signs_cannot_go_below_one_in_sixteen():
@@ -125,13 +134,14 @@ def test_sign_flip_above_20_seeds_is_a_seeded_sample_of_the_same_distribution():
         sums = np.concatenate([sums + difference, sums - difference])
     exact = (abs(sums) >= abs(differences.sum()) - 1e-9).mean()
     assert 0.01 < exact < 0.5
-    assert stats.sign_flip_test(differences) == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 1e5))
+    four_errors = 4 * math.sqrt(exact * (1 - exact) / 1e5)
+    assert stats.sign_flip_test(differences) == pytest.approx(exact, abs=four_errors)
     assert stats.sign_flip_test(differences) == stats.sign_flip_test(differences)
     assert stats.sign_flip_test(np.ones(25)) == pytest.approx(1e-5, rel=0.01)  # never 0
 
 
 def test_holm_on_a_worked_example():
-    # sorted 0.005 0.01 0.03 0.04, times 4 3 2 1: 0.02 0.03 0.06 0.04, and the last no smaller than the one before
+    # sorted 0.005 0.01 0.03 0.04, times 4 3 2 1: 0.02 0.03 0.06 0.04; none below the one before
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.9, 0.6]) == [1, 1]
     assert stats.holm([]) == []
@@ -150,7 +160,8 @@ def test_power_of_the_t_test_agrees_with_scipys_noncentral_t():
     scipy_stats = pytest.importorskip("scipy.stats")
     for n, shift, alpha in product((3, 5, 20, 300), (0.0, 0.5, 2.0, 5.0), (0.01, 0.05)):
         critical = scipy_stats.t.ppf(1 - alpha / 2, n - 1)
-        expected = scipy_stats.nct.sf(critical, n - 1, shift) + scipy_stats.nct.cdf(-critical, n - 1, shift)
+        expected = (scipy_stats.nct.sf(critical, n - 1, shift)
+                    + scipy_stats.nct.cdf(-critical, n - 1, shift))
         assert power(n, shift, alpha) == pytest.approx(expected, abs=1e-9)
 
 
@@ -160,49 +171,52 @@ def test_without_a_true_difference_the_power_is_alpha_in_both_directions(n, alph
     assert power(n, -2.0, alpha) == pytest.approx(power(n, 2.0, alpha))
 
 
+def test_the_minimum_detectable_effect_is_found_four_times_in_five():
+    rng = np.random.default_rng(2)
+    differences = rng.normal(0, 0.02, 5)
+    effect, sd = stats.minimum_detectable_effect(differences), differences.std(ddof=1)
+    found = [stats.paired_t_test(effect + sd * rng.normal(size=5), np.zeros(5))[1] < 0.05
+             for _ in range(2000)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+
+
 @pytest.mark.parametrize("d_z, published", [(0.2, 199), (0.5, 34), (0.8, 15)])
 def test_seeds_needed_are_the_published_sample_sizes_for_80_percent_power(d_z, published):
     assert stats.seeds_needed(1.0, d_z) == published
+
+
+def test_seeds_needed_are_the_least_that_scipys_noncentral_t_finds_enough():
+    scipy_stats = pytest.importorskip("scipy.stats")
+
+    def power(n, effect):
+        critical, shift = scipy_stats.t.ppf(0.975, n - 1), effect * math.sqrt(n)
+        return (scipy_stats.nct.sf(critical, n - 1, shift)
+                + scipy_stats.nct.cdf(-critical, n - 1, shift))
+
+    for effect in (3.0, 2.0, 1.5, 1.0, 0.7, 0.4, 0.21, 0.13, 0.05):
+        n = stats.seeds_needed(1.0, effect)
+        assert power(n, effect) >= 0.8 > power(n - 1, effect)
+
+
+def test_seeds_for_a_hundred_comparisons_are_counted_in_a_moment():
+    begin = time.process_time()
+    counts = [stats.seeds_needed(0.02 + 0.001 * i, 0.001) for i in range(100)]
+    assert counts == sorted(counts) and counts[0] == 3142  # 2.80158² 20² + 1.92 = 3141.5
+    assert time.process_time() - begin < 20
 
 
 def test_two_seeds_are_enough_for_a_huge_difference():
     assert stats.seeds_needed(1.0, 100.0) == 2
 
 
-def test_the_minimum_detectable_effect_is_found_four_times_in_five():
-    rng = np.random.default_rng(2)
-    differences = rng.normal(0, 0.02, 5)
-    effect, sd = stats.minimum_detectable_effect(differences), differences.std(ddof=1)
-    found = [stats.paired_t_test(effect + sd * rng.normal(size=5), np.zeros(5))[1] < 0.05 for _ in range(2000)]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
-
-
 def test_more_seeds_than_anyone_has_are_called_infinite():
     assert stats.seeds_needed(1.0, 1e-6) == math.inf
-    assert stats.seeds_needed(1.0, 2.80159 / math.sqrt(700_000)) == pytest.approx(700_000, rel=1e-4)  # (1.95996 + 0.84162)²
+    effect = 2.80159 / math.sqrt(700_000)  # (1.95996 + 0.84162)
+    assert stats.seeds_needed(1.0, effect) == pytest.approx(700_000, rel=1e-4)
     assert math.isnan(stats.seeds_needed(0.0, 0.01))
 
 
-# --- calibration ----------------------------------------------------------------------------------
-
-def test_without_a_true_difference_the_error_rates_are_the_promised_ones():
-    """2,000 sweeps of three equal strategies and five seeds, which share the seeds' luck. The long-run rates are 5%,
-    95% and 4.7% (200,000 sweeps), give or take half a point over 2,000: another seed may land just outside."""
-    rng = np.random.default_rng(1)
-    rejected, covered, claimed = 0, 0, 0
-    for _ in range(2000):
-        luck = rng.normal(0, 0.02, 5)
-        rows = [stats.Row("mrpc", "m", name, seed, score)
-                for name in ("random", "entropy", "typhoon")
-                for seed, score in enumerate(0.8 + luck + rng.normal(0, 0.01, 5))]
-        pairs = stats.compare_all(rows, [])
-        rejected += pairs[0]["p"] < 0.05
-        covered += pairs[0]["low"] <= 0 <= pairs[0]["high"]
-        claimed += "beats" in stats.verdict(pairs)
-    assert 0.04 <= rejected / 2000 <= 0.06
-    assert 0.94 <= covered / 2000 <= 0.96
-    assert 0.005 <= claimed / 2000 <= 0.05
-
+# --- the dev set is a sample too ------------------------------------------------------------------
 
 SLOPES, SEED_SD, STRATEGY_SD, NOISE_SD, POSITIVE = (1.2, 1.0), 0.2, 0.5, 0.1, 0.65
 
@@ -218,28 +232,33 @@ def true_scores(slope):
     u = np.linspace(-6, 6, 601) * SEED_SD
     weight = np.exp(-(u / SEED_SD) ** 2 / 2)
     spread = math.sqrt(2 * (1 + STRATEGY_SD**2 + NOISE_SD**2))
-    hit, false_alarm = (np.array([math.erfc(-x / spread) / 2 for x in u + side * slope]) for side in (1, -1))
+    hit, false_alarm = (np.array([math.erfc(-x / spread) / 2 for x in u + side * slope])
+                        for side in (1, -1))
     tp, fp = POSITIVE * hit, (1 - POSITIVE) * false_alarm
     fn, tn = POSITIVE - tp, 1 - POSITIVE - fp
     matthews = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return [np.average(metric, weights=weight) for metric in (2 * tp / (2 * tp + fp + fn), matthews)]
+    f1 = 2 * tp / (2 * tp + fp + fn)
+    return [np.average(metric, weights=weight) for metric in (f1, matthews)]
 
 
 def test_the_multi_bootstrap_covers_the_true_difference_over_seeds_and_examples():
-    """500 trials: 150 examples, each of some difficulty, in part a strategy's own; 6 seeds, each with a shift."""
+    """500 trials: 150 examples, each of some difficulty, in part a strategy's own; 6 seeds, each
+    with a shift."""
     rng, seeds, examples, trials = np.random.default_rng(0), 6, 150, 500
     target, covered = np.subtract(*map(true_scores, SLOPES)), np.zeros(2)
     for trial in range(trials):
-        labels, difficulty = (rng.random(examples) < POSITIVE).astype(int), rng.normal(size=examples)
+        labels = (rng.random(examples) < POSITIVE).astype(int)
+        difficulty = rng.normal(size=examples)
         drawn = []
         for slope in SLOPES:
             score = ((2 * labels - 1) * slope + difficulty + rng.normal(0, STRATEGY_SD, examples)
-                     + rng.normal(0, SEED_SD, (seeds, 1)) + rng.normal(0, NOISE_SD, (seeds, examples)))
+                     + rng.normal(0, SEED_SD, (seeds, 1))
+                     + rng.normal(0, NOISE_SD, (seeds, examples)))
             runs = [stats.resampled_scores(f1_and_matthews, predictions, labels, resamples=199,
                                            seed=trial) for predictions in (score > 0).astype(int)]
             drawn.append(np.stack(runs))  # (seeds, 199, 2)
         for metric in range(2):
-            low, high = stats.multi_bootstrap(drawn[0][..., metric], drawn[1][..., metric], seed=trial)
+            low, high = stats.multi_bootstrap(*(runs[..., metric] for runs in drawn), seed=trial)
             covered[metric] += low <= target[metric] <= high
     assert np.all((0.93 <= covered / trials) & (covered / trials <= 0.97)), covered / trials
 
@@ -284,12 +303,32 @@ def test_two_runs_are_scored_on_the_same_resampled_examples():
     assert (first == second).all() and len(set(first)) > 1
 
 
-# --- the report -----------------------------------------------------------------------------------
+# --- the analysis ---------------------------------------------------------------------------------
+
+def test_without_a_true_difference_the_error_rates_are_the_promised_ones():
+    """2,000 sweeps of three equal strategies and five seeds, which share the seeds' luck. The
+    long-run rates are 5%, 95% and 4.7% (200,000 sweeps), give or take half a point over 2,000:
+    another seed may land just outside."""
+    rng = np.random.default_rng(1)
+    rejected, covered, claimed = 0, 0, 0
+    for _ in range(2000):
+        luck = rng.normal(0, 0.02, 5)
+        rows = [stats.Row("mrpc", "m", name, seed, score)
+                for name in ("random", "entropy", "typhoon")
+                for seed, score in enumerate(0.8 + luck + rng.normal(0, 0.01, 5))]
+        pairs = stats.compare_all(rows)
+        rejected += pairs[0]["p"] < 0.05
+        covered += pairs[0]["low"] <= 0 <= pairs[0]["high"]
+        claimed += "a difference shows" in stats.verdict(pairs)
+    assert 0.04 <= rejected / 2000 <= 0.06
+    assert 0.94 <= covered / 2000 <= 0.96
+    assert 0.005 <= claimed / 2000 <= 0.05
+
 
 def write_run(folder, strategy, seed, score, task="cola", model="m", name=None, **fields):
     folder.mkdir(exist_ok=True)
-    run = {"task": task, "model": model, "strategy": strategy, "seed": seed, "args": {"epochs": 3}, "seconds": 60.0,
-           "last": {"matthews": score}, "best": {"epoch": 1, "matthews": score}} | fields
+    run = {"task": task, "model": model, "strategy": strategy, "seed": seed,
+           "args": {"epochs": 3}, "last": {"matthews": score}} | fields
     (folder / f"{name or f'{task}-{model}-{strategy}-{seed}'}.json").write_text(json.dumps(run))
 
 
@@ -299,89 +338,56 @@ def write_cells(folder, **scores):
             write_run(folder, strategy, seed, score)
 
 
-def test_the_golden_report_comes_out_byte_for_byte(tmp_path):
-    """MRPC and CoLA with dev predictions, pretraining strategies by pattern, a missing seed, a NaN, a broken file, a
-    failed run, runs with other arguments."""
-    shutil.copytree(DATA / "runs", tmp_path / "runs")
-    for _ in range(2):  # its own output is no input
-        text = stats.write_report(tmp_path / "runs", effect=0.01)
-        for name in ("report.md", "report.csv", "report.json"):
-            assert (tmp_path / "runs" / name).read_bytes() == (DATA / name).read_bytes()
-    assert text.encode() == (DATA / "report.md").read_bytes()
+def notes_of(folder, **options):
+    return stats.analyse(folder, **options)["notes"]
 
 
-def test_report_json_is_strict_json(tmp_path):
-    write_cells(tmp_path, random=[0.5], typhoon=[0.6])
-    stats.write_report(tmp_path)
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
-    assert report["pairs"][0]["p"] is None and report["pairs"][0]["mean"] == 0.1
+def verdict_of(folder):
+    return stats.analyse(folder)["verdict"]
 
 
-def test_a_clear_winner_is_claimed_with_its_interval(tmp_path):
-    write_cells(tmp_path, random=[0.50, 0.51, 0.49, 0.50, 0.52], typhoon=[0.60, 0.62, 0.59, 0.60, 0.61])
-    sentence = stats.analyse(tmp_path)["verdict"]
-    assert "typhoon beats random by 0.1000 [0.0912, 0.1088]" in sentence and "same examples" in sentence
+def test_a_clear_difference_is_claimed_and_marked_in_the_table(tmp_path):
+    write_cells(tmp_path, none=[0.40, 0.61, 0.55, 0.52, 0.50],
+                random=[0.50, 0.51, 0.49, 0.50, 0.52], typhoon=[0.60, 0.62, 0.59, 0.60, 0.61])
+    text = stats.write_report(tmp_path)
+    assert ("For other seeds on these same examples, a difference shows in 1 of 3 comparisons "
+            "(Holm-adjusted p < 0.05, marked * in the tables).") in text
+    marked, = [line for line in text.splitlines() if " * |" in line]
+    assert marked.startswith("| typhoon − random | 5 | n/a, n/a | +0.1000 | [+0.0912, +0.1088] |")
 
 
-def test_the_winner_may_be_the_baseline(tmp_path):
-    write_cells(tmp_path, random=[0.60, 0.62, 0.59, 0.60, 0.61], typhoon=[0.50, 0.51, 0.49, 0.50, 0.52])
-    assert "random beats typhoon by 0.1000 [0.0912, 0.1088]" in stats.analyse(tmp_path)["verdict"]
-
-
-def test_no_winner_is_claimed_on_an_unadjusted_p(tmp_path):
+def test_no_difference_is_claimed_on_an_unadjusted_p(tmp_path):
     """p = 0.03 alone, 0.09 among three."""
     write_cells(tmp_path, random=[0.50, 0.51, 0.49, 0.50], entropy=[0.52, 0.48, 0.5, 0.51],
                 typhoon=[0.52, 0.55, 0.50, 0.53])
     report = stats.analyse(tmp_path)
-    assert min(pair["p"] for pair in report["pairs"]) < 0.05 <= min(pair["holm_p"] for pair in report["pairs"])
-    assert "No strategy is reliably better" in report["verdict"] and "4 seeds" in report["verdict"]
+    assert min(pair["p"] for pair in report["pairs"]) < 0.05
+    assert min(pair["holm_p"] for pair in report["pairs"]) > 0.05
+    least = min(pair["mde"] for pair in report["pairs"])
+    assert "No strategy is reliably better: none of 3 comparisons" in report["verdict"]
+    assert f"none would find a true difference below {least:.4f}" in report["verdict"]
 
 
-def test_numbers_are_shown_without_a_negative_zero():
-    shown = [stats.show(value) for value in (-1e-9, 0.12345, math.nan)]
-    assert shown == ["0.0000", "0.1235", "n/a"]
-    assert stats.show_interval(-1e-9, 0.1) == "[+0.0000, +0.1000]"
-
-
-def test_a_winner_that_other_examples_may_not_bear_out_is_marked():
-    pair = {"strategy": "typhoon", "baseline": "random", "mean": -0.02, "low": -0.03, "high": -0.01}
-    assert stats.better(pair | {"bootstrap_low": -0.05, "bootstrap_high": 0.01}).endswith("contains 0)")
-    assert stats.better(pair | {"bootstrap_low": -0.05, "bootstrap_high": -0.01}).endswith("0.0300]")
-
-
-def test_the_constant_answer_stands_under_the_scores(tmp_path):
-    """Always "paraphrase" on MRPC's dev set: accuracy 0.6838, F1 0.8122 (279 of 408)."""
-    values = {"accuracy": 0.7, "f1": 0.8}
-    for seed, baseline in enumerate(({"accuracy": 279 / 408, "f1": 2 * 279 / (279 + 408)}, [0.7], {"accuracy": "0.7"})):
-        write_run(tmp_path, "random", seed, 0.0, task="mrpc", last=values, best=values, baseline=baseline)
-    report = stats.analyse(tmp_path)
-    assert "| the constant answer |  | 0.6838 | 0.8122 | 0.7480 |" in stats.to_markdown(report)
-    assert sum("left out: not a run of glue.py" in note for note in report["notes"]) == 2
-
-
-def test_damaged_dev_predictions_are_named(tmp_path):
-    write_cells(tmp_path, random=[0.5, 0.6])
-    for seed, dev in enumerate((None, {}, {"predictions": [1], "labels": [1, 0]}, {"predictions": [], "labels": []},
-                                {"predictions": ["a"], "labels": [1]})):
-        write_run(tmp_path, "typhoon", seed, 0.5, dev=dev)
-    assert sum("dev predictions are damaged" in note for note in stats.analyse(tmp_path)["notes"]) == 5
-
-
-def test_one_seed_is_said_to_prove_nothing(tmp_path):
-    write_cells(tmp_path, random=[0.5], typhoon=[0.9])
-    text = stats.write_report(tmp_path)
-    assert "No claim can be made" in text and "One seed has no sd" in text and "nan" not in text
+def test_claims_that_other_examples_may_not_bear_out_are_counted():
+    pair = {"n": 5, "sd": 0.1, "holm_p": 0.01, "mde": 0.1}
+    pairs = [pair | {"bootstrap_low": low, "bootstrap_high": 0.03} for low in (-0.01, 0.01, -0.02)]
+    assert stats.verdict(pairs).endswith("; other examples may not bear out 2 of them, whose "
+                                         "multi-bootstrap interval contains 0.")
+    assert stats.verdict(pairs[1:2]).endswith("marked * in the tables).")
 
 
 def test_equal_scores_and_constant_differences_claim_nothing(tmp_path):
     write_cells(tmp_path, none=[0.5, 0.5, 0.6], random=[0.5, 0.5, 0.6], typhoon=[0.51, 0.51, 0.61])
     text = stats.write_report(tmp_path)
-    assert "No claim can be made" in text and "all 3 differences are +0.0100" in text and "inf" not in text
-    assert "-0.0000" not in text and "no spread" in text
+    assert "No claim can be made" in text and "inf" not in text and "-0.0000" not in text
+    assert "| typhoon − random | 3 | n/a, n/a | +0.0100 | n/a |" in text
+
+
+def test_one_seed_is_said_to_prove_nothing(tmp_path):
+    write_cells(tmp_path, random=[0.5], typhoon=[0.9])
+    text = stats.write_report(tmp_path)
+    assert "No claim can be made" in text and "nan" not in text
+    assert "| typhoon | 1 | 0.9000 ± n/a |" in text
 
 
 def test_a_missing_seed_is_named_and_the_pair_uses_the_others(tmp_path):
@@ -391,67 +397,100 @@ def test_a_missing_seed_is_named_and_the_pair_uses_the_others(tmp_path):
     assert report["pairs"][0]["n"] == 2 and report["pairs"][0]["mean"] == pytest.approx(0.15)
 
 
+def test_an_effect_size_is_the_mean_difference_in_units_of_its_sd(tmp_path):
+    write_cells(tmp_path, none=[0.3, 0.3, 0.3], random=[0.3, 0.3, 0.3], typhoon=[0.2, 0.1, 0.0])
+    sizes = {pair["strategy"]: pair["dz"] for pair in stats.analyse(tmp_path)["pairs"]}
+    assert sizes["typhoon"] == pytest.approx(-2) and math.isnan(sizes["random"])
+
+
 def test_strategies_without_a_common_seed_are_not_compared(tmp_path):
     write_run(tmp_path, "random", 0, 0.5)
     write_run(tmp_path, "typhoon", 1, 0.6)
     report = stats.analyse(tmp_path)
-    assert not report["pairs"] and any("no seed in common" in note for note in report["notes"])
-    assert "Nothing was compared" in stats.to_markdown(report)
+    assert not report["pairs"] and "Nothing was compared" in report["verdict"]
+    assert "cola, m: typhoon lacks seed 0; its pairs go without" in report["notes"]
+    assert "cola, m: random lacks seed 1; its pairs go without" in report["notes"]
 
 
-@pytest.mark.parametrize("content, why", [
-    ('{"task": "cola", ', "not JSON"), ("", "not JSON"), ("[1, 2]", "not JSON"), ("\xff\x00", "not JSON"),
-    ('{"task": "cola"}', "not a run of glue.py"), ('{"task": ["cola"]}', "not a run of glue.py")])
-def test_a_file_that_is_no_run_is_named_and_left_out(tmp_path, content, why):
-    write_cells(tmp_path, random=[0.5, 0.6], typhoon=[0.6, 0.8])
-    (tmp_path / "broken.json").write_bytes(content.encode("latin-1"))
-    report = stats.analyse(tmp_path)
-    assert f"broken.json is left out: {why}" in report["notes"] and report["runs"] == 4
+def write_task(folder, task, strategy, seed, score, model="m", **fields):
+    last = {name: score for name in stats.glue.TASKS[task].metrics}
+    write_run(folder, strategy, seed, 0, task=task, model=model, last=last, **fields)
 
 
-@pytest.mark.parametrize("metrics, why", [
-    ({"matthews": math.nan}, "matthews is not a finite"), ({"matthews": "x"}, "matthews is not a finite"),
-    ({"f1": 0.5}, "metrics are not those of cola"), ({}, "metrics are not those of cola")])
-def test_a_run_without_a_usable_metric_is_named_and_left_out(tmp_path, metrics, why):
-    write_cells(tmp_path, random=[0.5, 0.6], typhoon=[0.6, 0.8])
-    write_run(tmp_path, "typhoon", 1, 0, last=metrics)
-    report = stats.analyse(tmp_path)
-    assert any(why in note and "typhoon-1" in note for note in report["notes"])
-    assert report["pairs"][0]["n"] == 1
+def test_a_strategy_that_lacks_a_whole_task_is_noted_there_and_in_the_mean(tmp_path):
+    for seed, task in product(range(2), ("cola", "rte")):
+        write_task(tmp_path, task, "random", seed, 0.5 + seed / 10)
+        if task == "cola":
+            write_task(tmp_path, task, "typhoon", seed, 0.6)
+    notes = notes_of(tmp_path)
+    assert "rte, m: typhoon lacks seed 0, 1; its pairs go without" in notes
+    assert "mean of 2 tasks, m: typhoon lacks seed 0, 1; its pairs go without" in notes
+    assert not [note for note in notes if note.startswith("cola, m: ") and "lacks" in note]
 
 
-def test_two_files_that_claim_one_run_are_an_error_that_names_both(tmp_path):
-    write_run(tmp_path, "random", 0, 0.5)
-    write_run(tmp_path, "random", 0, 0.6, name="copy")
-    with pytest.raises(InputError, match="cola-m-random-0.json and copy.json both claim"):
-        stats.analyse(tmp_path)
+def test_the_mean_over_tasks_takes_the_seeds_that_ran_them_all(tmp_path):
+    for seed, (cola, rte) in enumerate([(0.1, 0.5), (0.2, 0.8), (0.3, None)]):
+        write_task(tmp_path, "cola", "random", seed, cola)
+        if rte:
+            write_task(tmp_path, "rte", "random", seed, rte)
+    assert "| random | 2 | 0.1500 ± 0.0707 | 0.6500 ± 0.2121 | 0.4000 ± 0.1414 |" in \
+        stats.write_report(tmp_path)
+
+
+def test_the_family_is_the_comparisons_with_one_strategy_where_asked(tmp_path):
+    """[T]'s 12: 2 tasks, 3 models, 2 baselines."""
+    names = ("random", "whole-word", "typhoon")
+    for task, model, strategy, seed in product(("cola", "rte"), "abc", names, range(2)):
+        metric = "matthews" if task == "cola" else "accuracy"
+        write_run(tmp_path, strategy, seed, 0, task=task, model=model,
+                  last={metric: 0.5 + seed * names.index(strategy) / 10}, best={metric: 0.5})
+    pairs = stats.analyse(tmp_path, against="typhoon")["pairs"]
+    assert len(pairs) == 12 and all(pair["strategy"] == "typhoon" for pair in pairs)
+    assert pairs[0]["holm_p"] == pytest.approx(min(1, 12 * pairs[0]["p"]))
+    assert len(stats.analyse(tmp_path)["pairs"]) == 27
+    with pytest.raises(InputError, match="--against entropy: .* has no such strategy, but random"):
+        stats.analyse(tmp_path, against="entropy")
 
 
 def test_runs_with_other_arguments_are_noted(tmp_path):
     write_cells(tmp_path, random=[0.5, 0.6])
     write_run(tmp_path, "typhoon", 0, 0.5, args={"epochs": 2, "seed": 7})
-    assert "cola, m: the runs differ in epochs: 2, 3" in stats.analyse(tmp_path)["notes"]
+    assert "cola, m: the runs differ in epochs: 2, 3" in notes_of(tmp_path)
 
 
-def write_pretrained(folder, strategy, seed, score=0.5, weights=None, teacher="t", steps=60):
+@pytest.mark.parametrize("changed, said", [
+    ({"args": {"teacher": "big"}}, 'teacher: "big", "small"'),
+    ({"bf16": True}, "bf16: false, true"),
+    ({"device": "cuda"}, 'device: "cpu", "cuda"'), ({"lr": 3e-4}, "lr: 0.0003, 2e-05"),
+    ({"versions": {"torch": "2.12", "commit": "b"}}, 'torch: "2.12", "2.13"')])
+def test_teacher_precision_device_learning_rate_and_versions_are_settings(tmp_path, changed, said):
+    usual = {"args": {"teacher": "small", "bf16": None, "lr": None}, "bf16": False, "device": "cpu",
+             "lr": 2e-5, "versions": {"torch": "2.13", "commit": "a"}}
+    for seed in range(3):
+        write_run(tmp_path, "entropy", seed, 0.5, **usual | (changed if seed == 1 else {}))
+    found = [note for note in notes_of(tmp_path) if "differ" in note]
+    if "args" in changed:  # the others are there as well
+        found = [note for note in found if "teacher" in note]
+    assert found == [f"cola, m: the runs differ in {said}"]
+
+
+def write_pretrained(folder, strategy, seed, score=0.5, weights=None, teacher="t", **settings):
     """A run of a model that `sweep --pretrain` made."""
-    pretraining = {"masking": strategy, "steps": steps, "seed": seed, "teacher_weights": teacher}
+    pretraining = {"masking": strategy, "steps": 60, "seed": seed, "teacher_weights": teacher,
+                   "teacher": f"runs/teacher-{seed}"} | settings
     write_run(folder, strategy, seed, score, model=f"runs/{strategy}-{seed}",
               name=f"{strategy}-{seed}", pattern="runs/{masking}-{seed}",
               weights=weights or f"{strategy}{seed}", pretraining=pretraining)
-
-
-def notes_of(folder):
-    return stats.analyse(folder)["notes"]
 
 
 def test_models_pretrained_otherwise_are_noted_but_not_what_their_strategy_implies(tmp_path):
     for strategy, seed in product(("random", "entropy"), range(2)):
         write_pretrained(tmp_path, strategy, seed, teacher="t" if strategy == "entropy" else None)
     assert not [note for note in notes_of(tmp_path) if "differ" in note]
-    write_pretrained(tmp_path, "entropy", 1, steps=120)
-    assert "runs/{masking}-{seed}: the pretraining of the runs differs in steps: 120, 60" \
-        in notes_of(tmp_path)
+    write_pretrained(tmp_path, "entropy", 1, steps=120, versions={"torch": "2.11"})
+    notes = notes_of(tmp_path)
+    assert "runs/{masking}-{seed}: the pretraining of the runs differs in steps: 120, 60" in notes
+    assert any('differs in torch: "2.11", null' in note for note in notes)
 
 
 def test_a_setting_of_a_strategy_that_changes_from_seed_to_seed_is_noted(tmp_path):
@@ -489,12 +528,6 @@ def test_intervals_are_said_to_be_given_the_one_teacher(tmp_path):
     assert any("had different teachers for seed 2" in note for note in notes_of(tmp_path))
 
 
-def test_runs_of_an_earlier_version_without_weights_are_noted(tmp_path):
-    for seed in range(2):
-        write_run(tmp_path, "random", seed, 0.5)
-    assert any("2 runs are of an earlier version" in note for note in notes_of(tmp_path))
-
-
 def test_a_collapsed_run_is_named(tmp_path):
     for seed in range(3):
         write_run(tmp_path, "random", seed, 0.0, collapsed=seed == 1)
@@ -502,11 +535,54 @@ def test_a_collapsed_run_is_named(tmp_path):
     assert [note.split()[0] for note in found] == ["cola-m-random-1"]
 
 
+# --- the report as text ---------------------------------------------------------------------------
+
+def test_the_golden_report_comes_out_byte_for_byte(tmp_path):
+    """MRPC and CoLA with dev predictions, pretraining strategies by pattern, missing seeds, a
+    constant difference, runs with other arguments."""
+    shutil.copytree(DATA / "runs", tmp_path / "runs")
+    for _ in range(2):  # its own output is no input
+        text = stats.write_report(tmp_path / "runs", effect=0.01)
+        for name in ("report.md", "report.svg"):
+            assert (tmp_path / "runs" / name).read_bytes() == (DATA / name).read_bytes()
+    assert text.encode() == (DATA / "report.md").read_bytes()
+
+
+def test_numbers_are_shown_without_a_negative_zero():
+    shown = [stats.show(value) for value in (-1e-9, 0.12345, math.nan)]
+    assert shown == ["0.0000", "0.1235", "n/a"]
+    assert stats.show_interval(-1e-9, 0.1) == "[+0.0000, +0.1000]"
+
+
+def test_the_constant_answer_stands_under_the_scores(tmp_path):
+    """Always "paraphrase" on MRPC's dev set: accuracy 0.6838, F1 0.8122 (279 of 408)."""
+    constant = {"accuracy": 279 / 408, "f1": 2 * 279 / (279 + 408)}
+    write_run(tmp_path, "random", 0, 0, task="mrpc", last={"accuracy": 0.7, "f1": 0.8},
+              baseline=constant)
+    assert "| the constant answer |  | 0.6838 | 0.8122 | 0.7480 |" in stats.write_report(tmp_path)
+
+
+def test_each_model_has_a_constant_answer_of_its_own(tmp_path):
+    """Two corpora, or two pairs of tasks, in one folder."""
+    for model, tasks in {"a": {"cola": 0.0, "rte": 0.53}, "b": {"cola": 0.0, "sst2": 0.51}}.items():
+        for seed, (task, constant) in product(range(2), tasks.items()):
+            name = stats.TASK_METRICS[task][0]
+            write_task(tmp_path, task, "random", seed, 0.6, model=model, baseline={name: constant})
+        write_exam(tmp_path, "random", 0, model=model, name=model,
+                   baseline=dict.fromkeys(stats.EXAM, 0.05 if model == "a" else 0.04))
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", stats.write_report(tmp_path),
+                               flags=re.M | re.S))
+    assert "| frequency alone |  | 0.0500 |" in sections["mlm, a"]
+    assert "| frequency alone |  | 0.0400 |" in sections["mlm, b"]
+    assert "| the constant answer |  | 0.0000 | 0.5300 | 0.2650 |" in sections["mean of 2 tasks, a"]
+    assert "| the constant answer |  | 0.0000 | 0.5100 | 0.2550 |" in sections["mean of 2 tasks, b"]
+
+
 def test_the_share_really_masked_stands_beside_the_comparison(tmp_path):
     for seed in range(2):
-        write_run(tmp_path, "random", seed, 0.5, adaptation={"masked": 0.30 + 0.002 * seed})
-        write_run(tmp_path, "typhoon", seed, 0.6 + seed / 10, adaptation={"masked": 0.25})
-        write_run(tmp_path, "none", seed, 0.6, adaptation=None)
+        write_run(tmp_path, "random", seed, 0.5, masked=0.30 + 0.002 * seed)
+        write_run(tmp_path, "typhoon", seed, 0.6 + seed / 10, masked=0.25)
+        write_run(tmp_path, "none", seed, 0.6, masked=None)
     text = stats.write_report(tmp_path)
     assert "| typhoon − random | 2 | 25.00%, 30.10% |" in text
     assert "| random − none | 2 | 30.10%, n/a |" in text
@@ -516,43 +592,166 @@ def test_one_metric_is_compared_where_asked(tmp_path):
     dev = {"predictions": [1, 1, 0, 0], "labels": [1, 0, 1, 1]}
     for strategy, seed in product(("random", "typhoon"), range(3)):
         values = {"f1": 0.5 + 0.1 * seed * (strategy == "typhoon"), "accuracy": 0.25}
-        write_run(tmp_path, strategy, seed, 0, task="mrpc", last=values, best=values, dev=dev,
+        write_run(tmp_path, strategy, seed, 0, task="mrpc", last=values, dev=dev,
                   baseline={"f1": 0.8, "accuracy": 0.6})
     write_cells(tmp_path, random=[0.5], typhoon=[0.5])
-    report = stats.analyse(tmp_path, metric="f1")
+    report = stats.analyse(tmp_path, metric="f1", resamples=500)
     (pair,) = report["pairs"]
     assert pair["task"] == "mrpc" and pair["mean"] == pytest.approx(0.1)
-    assert report["constants"]["mrpc"]["score"] == 0.8
     assert "cola has no f1 and is left out" in report["notes"]
-    rows = stats.read_rows(tmp_path, "last", "f1")[0]
-    stats.resample(rows, "f1", 500)
-    assert rows[0].resampled.mean() == pytest.approx(0.4, abs=0.05)  # 2 TP / (2 TP + FP + FN) = 2/5
+    row = report["rows"][0]
+    assert row.resampled.mean() == pytest.approx(0.4, abs=0.05)  # 2 TP / (2 TP + FP + FN) = 2/5
+    text = stats.write_report(tmp_path, metric="f1")
+    assert "| the constant answer |  | 0.8000 | 0.6000 |" in text
     with pytest.raises(InputError, match="--metric pearson: no task here has it: choose from"):
         stats.analyse(tmp_path, metric="pearson")
 
 
+def test_an_effect_has_a_column_of_its_own(tmp_path):
+    write_cells(tmp_path, random=[0.5, 0.6, 0.7], typhoon=[0.6, 0.8, 0.7], none=[0.5, 0.6, 0.7])
+    lines = stats.write_report(tmp_path, effect=0.1).splitlines()
+    assert any(line.endswith("| seeds for 0.1 |") for line in lines)
+    assert [line.split(" | ")[-1] for line in lines if " − none" in line] == ["n/a |", "10 |"]
+
+
+# --- the report as a picture ----------------------------------------------------------------------
+
+def drawn(file):
+    """A picture's texts, lines, dots and arrows, each as a dictionary."""
+    tags = {tag: [] for tag in ("text", "line", "circle", "path")}
+    for element in ElementTree.parse(file).getroot().iter():
+        kind = element.tag.rpartition("}")[2]
+        if kind in tags:
+            tags[kind].append(element.attrib | {"words": element.text})
+    return tags
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Of four pairs."""
+    write_cells(tmp_path, none=[0.5, 0.5, 0.5], random=[0.5, 0.6, 0.4], typhoon=[0.79, 0.81, 0.8])
+    write_run(tmp_path, "a<b", 7, 0.5)
+    write_run(tmp_path, "random", 7, 0.5)
+    stats.write_report(tmp_path)
+    return drawn(tmp_path / "report.svg")
+
+
+def test_the_picture_puts_zero_mean_and_interval_where_they_are(picture):
+    """typhoon − none: differences 0.29, 0.31, 0.3; half of the interval is 4.303 · 0.01 / √3."""
+    at = {float(text["words"]): float(text["x"]) for text in picture["text"]
+          if text["class"] == "tick"}
+    zero, = [float(line["x1"]) for line in picture["line"] if line["class"] == "zero"]
+    assert zero == at[0.0]
+    row, = [text for text in picture["text"] if text["words"] == "typhoon − none"]
+    dot, = [dot for dot in picture["circle"] if 0 <= float(row["y"]) - float(dot["cy"]) < 10]
+    span, = [line for line in picture["line"] if line["y1"] == line["y2"] == dot["cy"]]
+    scale = (at[0.2] - zero) / 0.2
+    assert float(dot["cx"]) == pytest.approx(zero + 0.3 * scale, abs=0.3)
+    assert float(span["x1"]) == pytest.approx(zero + (0.3 - 0.02484) * scale, abs=0.3)
+    assert float(span["x2"]) == pytest.approx(zero + (0.3 + 0.02484) * scale, abs=0.3)
+    assert dot["class"] == span["class"] == "claimed"
+    assert any(text["words"] == "+0.3000 [+0.2752, +0.3248]" for text in picture["text"])
+
+
+def test_the_picture_has_a_row_for_each_pair_and_no_interval_where_there_is_none(picture):
+    names = [text["words"] for text in picture["text"] if text["class"] == "name"]
+    assert names[:2] == ["typhoon − none", "typhoon − random"]  # the largest difference first
+    assert sorted(names[2:]) == ["a<b − random", "random − none"]
+    assert len(picture["circle"]) == 4 and not picture["path"]
+    assert sum(line["y1"] == line["y2"] and line["x1"] != line["x2"]
+               for line in picture["line"]) == 3  # a<b has one seed
+
+
+def test_an_outlier_is_an_arrow_at_the_end_of_a_scale_that_the_others_share(tmp_path):
+    """Differences of about 0.1 on both sides, and one of -3."""
+    write_cells(tmp_path, random=[0.5, 0.6, 0.7], entropy=[0.6, 0.71, 0.8],
+                typhoon=[0.4, 0.49, 0.6], rarity=[-2.5, -2.41, -2.3])
+    stats.write_report(tmp_path, against="random")
+    picture = drawn(tmp_path / "against-random.svg")
+    names = [text["words"] for text in picture["text"] if text["class"] == "name"]
+    assert names == ["entropy", "typhoon", "rarity"]
+    arrow, = picture["path"]
+    start, = re.findall(r"^M([\d.]+)", arrow["d"])
+    ticks = {float(text["words"]): float(text["x"]) for text in picture["text"]
+             if text["class"] == "tick"}
+    assert float(start) <= ticks[min(ticks)] < ticks[0.0] < ticks[max(ticks)]
+    assert -1 < min(ticks) and len(picture["circle"]) == 2
+    assert any(text["words"].startswith("-3.0033 [") for text in picture["text"])
+
+
+def test_the_title_names_what_is_compared_and_task_and_model_where_there_are_several(tmp_path):
+    def titles():
+        stats.write_report(tmp_path, against="random")
+        return [text["words"] for text in drawn(tmp_path / "against-random.svg")["text"]
+                if text["class"] == "title"][1:]
+
+    write_cells(tmp_path, random=[0.5, 0.6], typhoon=[0.6, 0.8])
+    assert titles() == ["matthews, strategy − random"]
+    for strategy, seed in product(("random", "typhoon"), range(2)):
+        write_task(tmp_path, "mrpc", strategy, seed, 0.5 + seed / 10)
+    assert titles() == ["cola, matthews, strategy − random",
+                        "mrpc, f1 and accuracy, strategy − random"]
+    for strategy, seed in product(("random", "none"), range(2)):
+        write_run(tmp_path, strategy, seed, 0.5, model="n")
+    assert titles()[:2] == ["cola, m, matthews, strategy − baseline",
+                            "cola, n, matthews, strategy − baseline"]
+
+
+def test_the_picture_is_for_light_and_dark_and_has_no_script():
+    text = (DATA / "report.svg").read_text()
+    assert "prefers-color-scheme: dark" in text and "script" not in text and "http" not in \
+        text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_comparison_with_one_strategy_is_written_beside_the_whole_report(tmp_path):
+    write_cells(tmp_path, none=[0.5, 0.5, 0.6], random=[0.5, 0.6, 0.4], typhoon=[0.8, 0.81, 0.79])
+    stats.write_report(tmp_path)
+    whole = (tmp_path / "report.svg").read_text()
+    text = stats.write_report(tmp_path, against="random")
+    assert (tmp_path / "report.svg").read_text() == whole
+    assert "](against-random.svg)" in (tmp_path / "against-random.md").read_text() == text
+    assert (tmp_path / "against-random.svg").read_text().count("<circle") == 2
+
+
+# --- run files ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("content", [
+    '{"task": "cola", ', "", "[1, 2]", "\xff\x00", '{"task": "cola"}', '{"task": ["cola"]}'])
+def test_a_file_that_is_no_run_stops_the_report_with_its_name(tmp_path, content):
+    write_cells(tmp_path, random=[0.5, 0.6], typhoon=[0.6, 0.8])
+    (tmp_path / "broken.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match="broken.json"):
+        stats.analyse(tmp_path)
+
+
+DEV = {"predictions": [1, 0], "labels": [1, 0]}
+
+
+@pytest.mark.parametrize("fields", [
+    {"last": {"matthews": math.nan}}, {"last": {"matthews": math.inf}}, {"last": {"matthews": "x"}},
+    {"last": {"f1": 0.5}}, {"last": {}}, {"last": None}, {"baseline": [0.7]},
+    {"baseline": {"matthews": "0"}}, {"baseline": {"matthews": math.nan}}, {"dev": None},
+    {"dev": {}}, {"dev": DEV | {"labels": [1]}}, {"dev": {"predictions": [], "labels": []}},
+    {"dev": DEV | {"predictions": ["a", "b"]}}, {"args": None}, {"masked": "x"}])
+def test_a_damaged_run_stops_the_report_with_its_name(tmp_path, fields):
+    write_cells(tmp_path, random=[0.5, 0.6], typhoon=[0.6, 0.8])
+    write_run(tmp_path, "typhoon", 1, 0.5, **fields)
+    with pytest.raises(InputError, match="cola-m-typhoon-1.json is no run of glue.py or train.py"):
+        stats.analyse(tmp_path)
+
+
+def test_two_files_that_claim_one_run_are_an_error_that_names_both(tmp_path):
+    write_run(tmp_path, "random", 0, 0.5)
+    write_run(tmp_path, "random", 0, 0.6, name="copy")
+    with pytest.raises(InputError, match="cola-m-random-0.json and copy.json both claim"):
+        stats.analyse(tmp_path)
+
+
 def test_both_accuracies_of_mnli_are_one_metric():
     both = {"accuracy": 0.6, "accuracy_mm": 0.8}
-    assert stats.score("mnli", both, "accuracy") == pytest.approx(0.7)
-    assert stats.score("mrpc", {"f1": 0.6, "accuracy": 0.8}, None) == pytest.approx(0.7)
+    assert stats.row_score("mnli", both, "accuracy") == pytest.approx(0.7)
+    assert stats.row_score("mrpc", {"f1": 0.6, "accuracy": 0.8}, None) == pytest.approx(0.7)
 
-
-def test_the_family_is_the_comparisons_with_one_strategy_where_asked(tmp_path):
-    """[T]'s 12: 2 tasks, 3 models, 2 baselines."""
-    names = ("random", "whole-word", "typhoon")
-    for task, model, strategy, seed in product(("cola", "rte"), "abc", names, range(2)):
-        metric = "matthews" if task == "cola" else "accuracy"
-        write_run(tmp_path, strategy, seed, 0, task=task, model=model,
-                  last={metric: 0.5 + seed * names.index(strategy) / 10}, best={metric: 0.5})
-    pairs = stats.analyse(tmp_path, against="typhoon")["pairs"]
-    assert len(pairs) == 12 and all(pair["strategy"] == "typhoon" for pair in pairs)
-    assert pairs[0]["holm_p"] == pytest.approx(min(1, 12 * pairs[0]["p"]))
-    assert len(stats.analyse(tmp_path)["pairs"]) == 27
-    with pytest.raises(InputError, match="--against entropy: .* has no such strategy, but random"):
-        stats.analyse(tmp_path, against="entropy")
-
-
-# --- the exam as a task ---------------------------------------------------------------------------
 
 def exam(strategy="random", seed=0, right=((3, 1, 0), (1, 1, 2)), **fields):
     """An exam.json of two held-out windows, ten positions each."""
@@ -567,7 +766,8 @@ def exam(strategy="random", seed=0, right=((3, 1, 0), (1, 1, 2)), **fields):
 
 def write_exam(folder, *arguments, **fields):
     found = exam(*arguments, **fields)
-    (folder / f"mlm-{found['strategy']}-{found['seed']}.json").write_text(json.dumps(found))
+    name = fields.get("name", found["strategy"])
+    (folder / f"mlm-{name}-{found['seed']}.json").write_text(json.dumps(found))
 
 
 def test_the_exam_is_compared_by_its_accuracy_and_shows_its_bands(tmp_path):
@@ -582,77 +782,31 @@ def test_the_exam_is_compared_by_its_accuracy_and_shows_its_bands(tmp_path):
     assert pair["masked"] == 0.15
     assert pair["mean"] == pytest.approx(2 / 20)  # two more right of twenty positions
     assert pair["bootstrap_low"] == pytest.approx(0.1) == pair["bootstrap_high"]  # one a window
-    text = stats.to_markdown(report)
+    text = stats.write_report(tmp_path)
     assert "| strategy | n | accuracy | common | middle | rare | log_likelihood |" in text
     assert "| frequency alone |  | 0.1000 |" in text and "no GLUE" not in text
     assert stats.analyse(tmp_path, metric="rare")["pairs"][0]["mean"] == pytest.approx(2 / 6)
 
 
-def test_windows_are_drawn_whole_and_the_score_is_a_ratio_of_sums():
+def test_windows_are_drawn_whole_and_the_score_is_a_ratio_of_sums(tmp_path):
     """One window with 9 of 10 right, one with 0 of 2: 9/10, 9/12 or 0/2, in shares of 1, 2, 1."""
-    run = exam(right=[[3, 3, 3], [0, 0, 0]])
-    run["dev"]["count"] = [[4, 3, 3], [1, 1, 0]]
-    scores = stats.resampled_task_scores(run, None, 400)
-    values, counts = np.unique(scores.round(6), return_counts=True)
+    dev = {"right": [[3, 3, 3], [0, 0, 0]], "count": [[4, 3, 3], [1, 1, 0]],
+           "log_likelihood": [-20.0, -30.0]}
+    write_exam(tmp_path, "random", 0, dev=dev)
+    row, = stats.analyse(tmp_path, resamples=400)["rows"]
+    values, counts = np.unique(row.resampled.round(6), return_counts=True)
     assert values.tolist() == [0, 0.75, 0.9]
     assert counts / 400 == pytest.approx([0.25, 0.5, 0.25], abs=0.08)
 
 
 def test_the_mean_over_tasks_leaves_the_exam_out(tmp_path):
     for seed in range(2):
-        write_run(tmp_path, "random", seed, 0.5)
-        write_run(tmp_path, "random", seed, 0, task="rte", last={"accuracy": 0.7},
-                  best={"accuracy": 0.7})
+        write_task(tmp_path, "cola", "random", seed, 0.5)
+        write_task(tmp_path, "rte", "random", seed, 0.7)
         write_exam(tmp_path, "random", seed, model="m")
-    cells = stats.analyse(tmp_path)["cells"]
-    assert [cell["task"] for cell in cells] == ["cola", "mlm", "rte", "mean of 2 tasks"]
-    assert cells[-1]["metrics"]["score"][0] == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize("dev", [
-    None, {}, {"right": [[1, 1]], "count": [[1, 1]], "log_likelihood": [1]},
-    {"right": [[1, 1, 1]], "count": [[1, 1, 1]], "log_likelihood": [1, 2]},
-    {"right": [[1, 1, 1], [1]], "count": [[1, 1, 1], [1, 1, 1]], "log_likelihood": [1, 2]}])
-def test_a_damaged_exam_is_named(tmp_path, dev):
-    write_exam(tmp_path, "random", 0, dev=dev)
-    write_exam(tmp_path, "random", 1)
-    assert any("random-0.json is left out: its dev predictions are damaged" in note
-               for note in notes_of(tmp_path))
-
-
-def test_the_best_epoch_is_reported_on_demand_and_called_optimistic(tmp_path):
-    dev = {"predictions": [0, 1, 1], "labels": [0, 1, 0]}
-    for seed, best in enumerate((0.7, 0.8)):
-        write_run(tmp_path, "random", seed, 0.5, best={"epoch": 2, "matthews": best}, dev=dev)
-        write_run(tmp_path, "typhoon", seed, 0.5, dev=dev)
-    assert stats.analyse(tmp_path)["cells"][0]["metrics"]["score"][0] == 0.5
-    report = stats.analyse(tmp_path, epoch="best")
-    assert math.isnan(report["pairs"][0]["bootstrap_low"])  # the predictions are not those of the best epoch
-    assert report["cells"][0]["metrics"]["score"][0] == 0.75 and "optimistic" in stats.to_markdown(report)
-
-
-def test_the_mean_over_tasks_takes_the_seeds_that_ran_them_all(tmp_path):
-    for seed, (cola, rte) in enumerate([(0.1, 0.5), (0.2, 0.8), (0.3, None)]):
-        write_run(tmp_path, "random", seed, cola)
-        if rte:
-            write_run(tmp_path, "random", seed, 0, task="rte", last={"accuracy": rte})
-    cell = stats.analyse(tmp_path)["cells"][-1]
-    assert cell["task"] == "mean of 2 tasks" and cell["seeds"] == [0, 1]
-    assert cell["metrics"]["score"][0] == pytest.approx((0.3 + 0.5) / 2)
-
-
-def test_the_table_of_the_mean_has_a_column_for_each_task(tmp_path):
-    for seed, rte in enumerate((0.5, 0.7)):
-        write_run(tmp_path, "random", seed, 0.1, baseline={"matthews": 0.0})
-        write_run(tmp_path, "random", seed, 0, task="rte", last={"accuracy": rte},
-                  baseline={"accuracy": 0.53})
-    for against in (None, "random"):
-        assert '''
-| strategy | n | cola | rte | score |
-| --- | --- | --- | --- | --- |
-| random | 2 | 0.1000 ± 0.0000 | 0.6000 ± 0.1414 | 0.3500 ± 0.0707 |
-| the constant answer |  | 0.0000 | 0.5300 | 0.2650 |
-''' in stats.to_markdown(stats.analyse(tmp_path, against=against))
+    text = stats.write_report(tmp_path)
+    assert re.findall("^## (.*), m", text, flags=re.M) == ["cola", "mlm", "rte", "mean of 2 tasks"]
+    assert "| random | 2 | 0.5000 ± 0.0000 | 0.7000 ± 0.0000 | 0.6000 ± 0.0000 |" in text
 
 
 def test_the_multi_bootstrap_of_a_report_is_left_out_where_dev_sets_differ(tmp_path):
@@ -666,409 +820,285 @@ def test_the_multi_bootstrap_of_a_report_is_left_out_where_dev_sets_differ(tmp_p
     assert any("no multi-bootstrap" in note for note in report["notes"])
 
 
-def test_both_dev_sets_of_mnli_are_resampled():
+def test_both_dev_sets_of_mnli_are_resampled(tmp_path):
     labels = [0, 1, 2] * 30
-    run = {"task": "mnli", "dev": {"predictions": labels, "labels": labels},
-           "dev_mismatched": {"predictions": [0] * 90, "labels": labels}}
-    scores = stats.resampled_task_scores(run, None, 200)
-    assert scores.mean() == pytest.approx((1 + 1 / 3) / 2, abs=0.01) and scores.std() > 0
-
-
-def test_the_forest_plot_puts_zero_mean_and_interval_where_they_are():
-    pair = {"strategy": "b", "baseline": "a", "mean": 0.5, "low": 0.0, "high": 1.0}
-    text = stats.forest([pair, pair | {"mean": -1.0, "low": math.nan, "high": math.nan}], width=21)
-    line, axis = text.splitlines()[::2]
-    assert line == "b − a  " + " " * 10 + "|" + "-" * 4 + "o" + "-" * 5
-    assert axis.split() == ["-1.0000", "0", "+1.0000"]
+    write_run(tmp_path, "random", 0, 0, task="mnli", last={"accuracy": 1.0, "accuracy_mm": 1 / 3},
+              dev={"predictions": labels, "labels": labels},
+              dev_mismatched={"predictions": [0] * 90, "labels": labels})
+    row, = stats.analyse(tmp_path, resamples=200)["rows"]
+    assert row.resampled.mean() == pytest.approx((1 + 1 / 3) / 2, abs=0.01)
+    assert row.resampled.std() > 0
 
 
 # --- the sweep ------------------------------------------------------------------------------------
 
-FAKE_GLUE = """
-import hashlib, json, os, sys, time
+SCRIPT = """
+import json, os, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-with open(os.path.join(os.path.dirname(__file__), "started"), "a") as file:
-    file.write(options["--json"] + "\\n")
-time.sleep(0.03)
-if options["--seed"] == options.get("--fail"):
-    sys.exit("first line\\nout of luck\\n")
-strategy = options.get("--label", options.get("--adapt", "none"))
-run = {"task": options["--task"], "model": options["--model"], "strategy": strategy,
-       "pattern": options.get("--pattern"), "seed": int(options["--seed"]), "args": {},
-       "seconds": 60, "last": {"matthews": 0.5}, "best": {"epoch": 1, "matthews": 0.5}}
-weights = os.path.join(options["--model"], "model.safetensors")
-if os.path.exists(weights):
-    run["weights"] = hashlib.sha256(open(weights, "rb").read()).hexdigest()
-with open(options["--json"] + ".tmp", "w") as file:
-    json.dump(run, file)
-os.replace(options["--json"] + ".tmp", options["--json"])
+with open(options["--started"], "a") as file:
+    file.write(f"{os.getpid()} {options['--out']} {os.environ['OMP_NUM_THREADS']}\\n")
+time.sleep(float(options.get("--sleep", 0.03)))
+print("a line")
+if "--fail" in options:
+    sys.exit(options["--fail"] + "\\n")
+with open(options["--out"] + ".tmp", "w") as file:
+    json.dump(options, file)
+os.replace(options["--out"] + ".tmp", options["--out"])
 """
 
 
 @pytest.fixture
-def fake_glue(tmp_path):
-    script = tmp_path / "fake" / "glue.py"
-    script.parent.mkdir()
-    script.write_text(FAKE_GLUE)
-    return script
+def commands(tmp_path):
+    """Returns {output: command} of n runs of a script that does next to nothing."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def make(n, *options, folder="out"):
+        outputs = [tmp_path / folder / f"run-{i}.json" for i in range(n)]
+        return {output: [sys.executable, str(tmp_path / "script.py"), "--out", str(output),
+                         "--started", str(tmp_path / "started"), *options] for output in outputs}
+    return make
 
 
-def started(script):
-    return (script.parent / "started").read_text().splitlines()
+def started(tmp_path):
+    """(process, output, threads) of each run that began, in order."""
+    path = tmp_path / "started"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.json")}
 
 
-GRID = stats.plan(tasks=["cola"], models=["m"], strategies=["random", "typhoon"],
-                  seeds=list(range(10)))
+def test_a_stage_makes_each_output_and_keeps_what_was_said(tmp_path, commands, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert stats.run_stage(commands(4), parallel=2) == []
+    assert sorted(contents(tmp_path / "out")) == [f"run-{i}.json" for i in range(4)]
+    assert (tmp_path / "out" / "run-3.log").read_text() == "a line\n"
+    threads = max(1, os.cpu_count() // 2)  # two at once share the cores
+    assert [line[2] for line in started(tmp_path)] == [str(threads)] * 4
 
 
-def test_a_sweep_writes_one_file_a_run_and_then_has_nothing_to_do(tmp_path, fake_glue):
-    assert stats.sweep(GRID, tmp_path / "out", parallel=2, script=fake_glue) == []
-    assert sorted(contents(tmp_path / "out")) == sorted(f"cola--m--{s}--{i}.json" for s in ("random", "typhoon")
-                                                        for i in range(10))
-    assert stats.sweep(GRID, tmp_path / "out", script=fake_glue) == []
-    assert len(started(fake_glue)) == 20
+def test_a_failure_stops_no_other_and_its_last_line_is_the_reason(tmp_path, commands):
+    failing = list(commands(5, "--fail", "first\nout of luck").items())[3:]
+    assert stats.run_stage(commands(5) | dict(failing), parallel=2) == ["out of luck"] * 2
+    assert sorted(contents(tmp_path / "out")) == [f"run-{i}.json" for i in range(3)]
+    assert "first\nout of luck" in (tmp_path / "out" / "run-3.log").read_text()
 
 
-def test_a_failed_run_is_recorded_and_tried_again_and_stops_no_other(tmp_path, fake_glue):
-    out = tmp_path / "out"
-    failures = stats.sweep(GRID, out, extra=["--fail", "3"], parallel=2, script=fake_glue)
-    assert failures == ["out of luck"] * 2
-    assert len(contents(out)) == 20
-    error = json.loads((out / "cola--m--random--3.error.json").read_text())
-    assert error["error"] == "out of luck" and error["returncode"] == 1 and "--fail" in error["command"]
-    assert "cola--m--random--3 failed" in stats.read_rows(out, "last", None)[1]
-    assert stats.sweep(GRID, out, script=fake_glue) == []
-    assert len(contents(out)) == 20 and not list(out.glob("*.error.json"))
+def sweep_process(commands, parallel=2):
+    """A process of its own that runs the commands, as main does, those whose output is missing."""
+    program = """
+import json, signal, sys
+from pathlib import Path
+import stats
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+commands = json.loads(sys.stdin.read())
+missing = {Path(output): command for output, command in commands.items()
+           if not Path(output).exists()}
+print("ready", flush=True)
+stats.run_stage(missing, int(sys.argv[1]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program, str(parallel)], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               cwd=Path(stats.__file__).parent)
+    process.stdin.write(json.dumps({str(output): command for output, command in commands.items()}))
+    process.stdin.close()
+    assert process.stdout.readline() == "ready\n"
+    return process
 
 
-def test_an_unreadable_result_is_made_again_and_what_a_killed_write_left_is_removed(tmp_path, fake_glue):
-    broken = tmp_path / "out" / "cola--m--random--3.json"
-    broken.parent.mkdir()
-    broken.write_text('{"task": "co')
-    (broken.parent / ".cola--m--random--3.json.x1y2").write_text("half a fi")
-    assert stats.sweep(GRID, tmp_path / "out", script=fake_glue) == []
-    assert json.loads(broken.read_text())["seed"] == 3 and len(list(broken.parent.iterdir())) == 20
-
-
-def test_ten_sigkills_lose_nothing_but_the_runs_in_flight(tmp_path, fake_glue):
-    """The sweep alone is killed, as a process that runs out of memory is; what it started ends by itself."""
-    grid = stats.plan(tasks=["cola"], models=["m"], strategies=["random", "typhoon"],
-                      seeds=list(range(20)))
-    stats.sweep(grid, tmp_path / "unbroken", parallel=2, script=fake_glue)
-    (fake_glue.parent / "started").unlink()
-    out, pause, fork = tmp_path / "out", random.Random(0), multiprocessing.get_context("fork")
-    for _ in range(10):
+def test_sigkills_lose_nothing_but_the_runs_in_flight(tmp_path, commands):
+    """The sweep alone is killed, as by a full memory; what it started ends by itself."""
+    stats.run_stage(commands(12, folder="unbroken"), 4)
+    (tmp_path / "started").unlink()
+    out, pause = tmp_path / "out", random.Random(0)
+    for _ in range(3):
         before = contents(out)
-        process = fork.Process(target=stats.sweep, args=(grid, out),
-                               kwargs={"parallel": 2, "script": fake_glue})
-        process.start()
-        time.sleep(pause.uniform(0.03, 0.15))
+        process = sweep_process(commands(12))
+        time.sleep(pause.uniform(0.05, 0.4))
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL  # it was in the middle of it
+        process.wait()
         assert before.items() <= contents(out).items()
     time.sleep(0.5)
-    assert stats.sweep(grid, out, parallel=2, script=fake_glue) == []
-    assert contents(out) == contents(tmp_path / "unbroken") and len(contents(out)) == len(list(out.iterdir()))
-    assert len(started(fake_glue)) <= len(grid) + 10 * 2
-
-
-def test_sigterm_ends_the_runs_in_flight_too(tmp_path, fake_glue, monkeypatch):
-    fake_glue.write_text(FAKE_GLUE.replace("time.sleep(0.03)", "time.sleep(30)"))
-    monkeypatch.setattr(stats, "sweep", partial(stats.sweep, script=fake_glue))
-    process = multiprocessing.get_context("fork").Process(target=stats.main, args=(
-        ["sweep", "--tasks", "cola", "--models", "m", "--strategies", "none", "--out", str(tmp_path / "out")],))
-    process.start()
-    while not (fake_glue.parent / "started").exists():
-        time.sleep(0.05)
-    process.terminate()
-    process.join(timeout=10)
-    assert process.exitcode == 143  # it waits for its children: were they alive, this would take 30 s
+    stats.run_stage({output: command for output, command in commands(12).items()
+                     if not output.exists()}, 2)
+    assert contents(out).keys() == contents(tmp_path / "unbroken").keys()
+    assert len(started(tmp_path)) <= 12 + 3 * 2
 
 
 def is_running(pid):
     """A killed process whose parent is gone may stay as a zombie where nothing collects those."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return state.stdout.strip() not in ("", "Z")
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True)
+    return state.stdout.strip()[:1] not in ("", "Z")
 
 
-def test_kill_9_of_a_sweep_ends_its_children(tmp_path, fake_glue):
-    fake_glue.write_text(FAKE_GLUE.replace("time.sleep(0.03)", """
-with open(os.path.join(os.path.dirname(__file__), "pids"), "a") as file:
-    file.write(f"{os.getpid()}\\n")
-time.sleep(60)"""))
-    process = multiprocessing.get_context("fork").Process(
-        target=stats.sweep, args=(GRID, tmp_path / "out"),
-        kwargs={"parallel": 2, "script": fake_glue})
-    process.start()
-    pids = fake_glue.parent / "pids"
-    while not pids.exists() or len(pids.read_text().splitlines()) < 2:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_children_end_with_the_sweep(tmp_path, commands, number):
+    process = sweep_process(commands(3, "--sleep", "60"))
+    deadline = time.time() + 60
+    while len(started(tmp_path)) < 2 and time.time() < deadline:
         time.sleep(0.05)
-    children = pids.read_text().split()
+    children = [line[0] for line in started(tmp_path)]
     assert len(children) == 2 and all(map(is_running, children))
-    process.kill()
-    process.join()
+    process.send_signal(number)
+    assert process.wait(timeout=10) == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
     deadline = time.time() + 10
     while any(map(is_running, children)) and time.time() < deadline:
         time.sleep(0.05)
-    assert not any(map(is_running, children))
+    assert not any(map(is_running, children)) and not contents(tmp_path / "out")
 
 
-def test_a_common_reason_of_failures_is_said_once(tmp_path, fake_glue, monkeypatch):
-    sweep = partial(stats.sweep, script=fake_glue)
-    monkeypatch.setattr(stats, "sweep", lambda *args, extra, **options: sweep(
-        *args, extra=["--fail", "3"], **options))
-    with pytest.raises(RunError) as error:
-        stats.main(["sweep", "--tasks", "cola", "--models", "m", "--out", str(tmp_path / "out"),
-                    "--strategies", "random", "typhoon", "--seeds", "1", "3"])
-    assert str(error.value).startswith("2 failed: 2 × out of luck. ")
+PATTERN = "runs/{masking}-{seed}"
 
 
-def test_a_finished_run_of_other_options_is_refused_by_name(tmp_path):
-    arguments = ["--epochs", "2", "--lr", "0.1"]
-    cell = ["sweep", "--tasks", "cola", "--models", "m", "--strategies", "none", "--seeds", "0",
-            "--out", str(tmp_path), "--dry-run", "--"]
-    write_run(tmp_path, "none", 0, 0.5, name="cola--m--none--0",
-              args=vars(stats.glue.parse_args(["--task", "cola", "--model", "m", *arguments])))
-    stats.main([*cell, *arguments])
-    with pytest.raises(InputError, match="cola--m--none--0.json was made with --lr 0.1, and this "
-                                         "sweep asks for 0.2: remove it"):
-        stats.main([*cell, "--epochs", "2", "--lr", "0.2"])
-
-
-def test_a_result_whose_model_was_trained_again_is_made_again(tmp_path, fake_glue, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pretrained("runs/random-0")
-    grid = stats.plan(tasks=["cola"], models=["runs/{masking}-{seed}"], strategies=["random"],
-                      seeds=[0])
-    for _ in range(2):
-        assert stats.sweep(grid, Path("out"), script=fake_glue) == []
-    assert len(started(fake_glue)) == 1
-    Path("runs/random-0/model.safetensors").write_text("retrained in place")
-    assert not stats.finished_runs(grid, Path("out"))
-    assert stats.sweep(grid, Path("out"), script=fake_glue) == []
-    assert len(started(fake_glue)) == 2
-    assert list(stats.finished_runs(grid, Path("out"))) == grid
-
-
-def test_a_finished_run_whose_model_was_pretrained_otherwise_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    runs = stats.plan(tasks=["cola"], models=["runs/{masking}-{seed}"], strategies=["random"],
-                      seeds=[0])
-    done = {runs[0]: {"pretraining": {"steps": 60, "masking": "random", "seed": 0}}}
-    assert stats.pretraining_jobs(runs, Path("o"), extra=["--steps", "60"], done=done)
-    with pytest.raises(InputError, match="the model of cola--runs-masking-seed--random--0.json was "
-                                         "made with --steps 60, and this sweep asks for 100"):
-        stats.pretraining_jobs(runs, Path("o"), extra=["--steps", "100"], done=done)
-
-
-# --- pretraining in a sweep -----------------------------------------------------------------------
-
-FAKE_TRAIN = """
-import json, os, sys, time
-import numpy as np
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-log = os.path.join(os.path.dirname(__file__), "log")
-def note(what):
-    with open(log, "a") as file:
-        file.write(f"{what} {options['--out']} {os.environ['OMP_NUM_THREADS']}\\n")
-note("begin")
-time.sleep(0.5)
-os.makedirs(options["--out"])
-seed = int(options["--seed"])
-exam = json.loads(os.environ["EXAM"]) | {"strategy": "?", "model": "?", "seed": seed}
-exam["last"]["accuracy"] += seed / 10 + len(options["--masking"]) / 100
-with open(os.path.join(options["--out"], "exam.json"), "w") as file:
-    json.dump(exam, file)
-with open(os.path.join(options["--out"], "model.safetensors"), "w") as file:
-    file.write(" ".join(sys.argv))
-note("end")
-"""
+def planned(*strategies, tasks=("cola",), models=(PATTERN,), seeds=(0,), **options):
+    """The stages, as lists of words that follow `python program`."""
+    *stages, exams = stats.plan(
+        tasks=tasks, models=models, seeds=seeds, folder=Path("out"),
+        strategies=[stats.strategy(text) for text in strategies], **options)
+    return [{str(output): " ".join([Path(command[1]).name, *command[2:]])
+             for output, command in stage.items()} for stage in stages] + [exams]
 
 
 @pytest.fixture
-def fake_train(tmp_path, monkeypatch):
-    script = tmp_path / "fake" / "train.py"
-    script.parent.mkdir()
-    script.write_text(FAKE_TRAIN)
-    monkeypatch.setattr(stats, "HERE", script.parent)
-    monkeypatch.setenv("EXAM", json.dumps(exam()))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(stats.os, "cpu_count", lambda: 6)
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return script.parent / "log"
+    return tmp_path
 
 
-MLM = ["sweep", "--tasks", "mlm", "--models", "runs/{masking}-{seed}", "--seeds", "0", "1",
-       "--out", "out"]
-
-
-def test_the_exam_is_swept_and_reported_with_a_strategy_and_an_arm_of_ones_own(fake_train, capsys):
-    Path("mine.py").write_text("from masking import Random\nclass Rarest(Random):\n    pass\n")
-    arguments = [*MLM, "--strategies", "random", "entropy", "mine.py:Rarest", "--jobs", "3",
-                 "--arm", "seen=--masking entropy --entropy-input visible",
-                 "--pretrain", "--steps 7"]
-    stats.main(arguments)
-    files = sorted(path.name for path in Path("out").iterdir())
-    assert files == [f"mlm--runs-masking-seed--{label}--{seed}.json"
-                     for label in ("Rarest", "entropy", "random", "seen") for seed in range(2)]
-    result = json.loads(Path("out", files[-1]).read_text())
-    assert (result["model"], result["strategy"], result["pattern"], result["seed"]) == (
-        "runs/seen-1", "seen", "runs/{masking}-{seed}", 1)
-    command = Path("runs/seen-1/model.safetensors").read_text()
-    assert command.endswith("--steps 7 --masking entropy --entropy-input visible --seed 1 "
-                            "--out runs/seen-1")
-    assert result["weights"] == stats.weights_digest("runs/seen-1")
-    log = fake_train.read_text().splitlines()
-    assert all(line.endswith(" 2") for line in log)  # three at once share six cores
-    assert [line.split()[0] for line in log[:3]] == ["begin"] * 3
-    trained = log.index("end runs/entropy-0 2")  # with the teacher; who shares it comes after
-    waited = [log.index(f"begin runs/{name} 2") for name in ("entropy-1", "seen-0", "seen-1")]
-    assert log.index("begin runs/entropy-0 2") < 3 and trained < min(waited)
-    assert log.index("begin runs/random-0 2") < trained  # who needs none uses the other cores
-    stats.main(arguments)  # nothing is left to do
-    assert len(fake_train.read_text().splitlines()) == len(log)
-    stats.main(["report", "out"])
-    assert "| seen − entropy | 2 | 15.00%, 15.00% |" in capsys.readouterr().out
-
-
-def test_a_seed_in_the_options_makes_the_teacher_vary(fake_train):
-    runs = stats.plan(tasks=["mlm"], models=["runs/{masking}-{seed}"], seeds=[0, 1],
-                      strategies=["random", "entropy", "entropy-kd"])
-    jobs = stats.pretraining_jobs(runs, Path("out"), extra=["--lr", "0.{seed}1"])
-    assert [job.command[3] for job in jobs] == ["0.01"] * 3 + ["0.11"] * 3
-    assert [job.turn for job in jobs] == [1, 0, 2] * 2  # two teachers
-    jobs = stats.pretraining_jobs(runs, Path("out"))
-    assert [job.turn for job in jobs] == [1, 0, 2] + [1, 2, 2]
-
-
-def test_a_dry_run_of_pretraining_lists_the_models_and_downloads_no_corpus(fake_train, monkeypatch,
-                                                                         capsys):
-    monkeypatch.setattr(stats.train, "corpus_files", lambda _: pytest.fail("it would download"))
-    stats.main([*MLM, "--strategies", "random", "--pretrain", "--corpus wikitext-2", "--dry-run"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["pretrain  runs/random-0", "pretrain  runs/random-1"]
-    assert lines[-1].startswith("2 of 2 runs to do") and "download" not in str(lines)
-    assert not Path("out").exists() and not Path("runs").exists()
-
-
-def test_an_exam_that_is_missing_is_refused_or_a_failure(fake_train):
-    pretrained("runs/random-0")
-    with pytest.raises(InputError, match="runs/random-0 has no exam.json"):
-        stats.main([*MLM, "--strategies", "random", "--seeds", "0"])
-    runs = stats.plan(tasks=["mlm"], models=["runs/{masking}-{seed}"], seeds=[0],
-                      strategies=["random"])
-    assert stats.sweep(runs, Path("out")) == ["runs/random-0/exam.json is not there, or damaged"]
-
-
-def test_the_shards_of_a_sweep_are_the_grid_each_run_once():
-    def shard(text):
-        return stats.grid(stats.parse_args(["sweep", "--preset", "typhoon"] + (["--shard", text] if text else [])))
-
-    shards = [shard(f"{i}/7") for i in range(1, 8)]
-    assert sorted(map(len, shards)) == [12, 13, 13, 13, 13, 13, 13]
-    assert sorted(run.name for part in shards for run in part) == sorted(run.name for run in shard(None))
-
-
-def test_the_typhoon_preset_is_the_papers_grid():
-    runs = stats.plan(**stats.PRESETS["typhoon"])
-    assert len(runs) == 90
-    rows = [stats.Row(run.task, run.model, run.strategy, run.seed, 0.0) for run in runs]
-    assert len(stats.compare_all(rows, [], against="typhoon")) == 12
-
-
-def test_the_entropy_preset_pretrains_18_models_and_labels_their_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    runs = stats.plan(**stats.PRESETS["entropy"])
-    jobs = stats.pretraining_jobs(runs, Path("runs/entropy"), extra=["--steps", "10"])
-    assert len(runs) == 9 * 18 and len(jobs) == 18
-    command = next(job.command for job in jobs if job.output == Path("runs/self-entropy-kd-2/model.safetensors"))
-    assert command[2:] == ["--steps", "10", "--masking", "self-entropy", "--kd-weight", "0.5",
-                           "--seed", "2", "--out", "runs/self-entropy-kd-2"]
-    run = next(run for run in runs if run.strategy == "self-entropy-kd" and run.seed == 2 and run.task == "rte")
-    command = run.command(Path("out.json"), ["--epochs", "2"], Path("glue.py"))
-    assert command[1:] == [
-        "glue.py", "--task", "rte", "--model", "runs/self-entropy-kd-2", "--seed", "2",
-        "--json", "out.json", "--pattern", "runs/{masking}-{seed}", "--label", "self-entropy-kd",
-        "--epochs", "2"]
-
-
-def pretrained(checkpoint, *options, weights="weights", **fields):
+def pretrained(directory, *files, weights="weights"):
     """A directory as train.py leaves it; without weights as an interrupted run leaves it."""
-    folder = Path(checkpoint)
-    folder.mkdir(parents=True)
-    settings = vars(stats.train.parse_args(list(options))) | fields
-    (folder / "train_args.json").write_text(json.dumps(settings))
+    Path(directory).mkdir(parents=True)
+    settings = dict(vars(train.parse_args([])), ranks=1)
+    Path(directory, "train_args.json").write_text(json.dumps(settings))
     if weights:
-        (folder / "model.safetensors").write_text(f"{checkpoint} {weights}")
-    return settings
+        Path(directory, "model.safetensors").write_text(f"{directory} {weights}")
 
 
-def pretraining_commands(strategies, seeds, **options):
-    runs = stats.plan(tasks=["cola"], models=["runs/{masking}-{seed}"], strategies=strategies,
-                      seeds=seeds)
-    return [job.command[2:] for job in stats.pretraining_jobs(runs, Path("out"), **options)]
+def test_models_that_want_a_teacher_share_one_for_each_seed(here):
+    teachers, models, runs, _ = planned("random", "entropy", "random-kd", seeds=(0, 3),
+                                        pretrain=["--lr", "1e-3", "--corpus", __file__])
+    assert list(teachers) == [f"runs/teacher-{seed}/model.safetensors" for seed in (0, 3)]
+    teacher = train.parse_args(shlex.split(teachers["runs/teacher-3/model.safetensors"])[1:])
+    assert (teacher.masking, teacher.kd_weight, teacher.lr, teacher.out) == (
+        "random", 0, 1e-3, "runs/teacher-3")
+    assert teacher.steps == train.parse_args([]).teacher_steps and teacher.seed == 2 ** 32 + 3
+    assert models["runs/random-3/model.safetensors"] == (
+        f"train.py --lr 1e-3 --corpus {__file__} --masking random --seed 3 --out runs/random-3")
+    assert models["runs/random-kd-3/model.safetensors"] == (
+        f"train.py --lr 1e-3 --corpus {__file__} --masking random --kd-weight 0.5 --seed 3 "
+        "--out runs/random-kd-3 --teacher runs/teacher-3")
+    assert models["runs/entropy-0/model.safetensors"].endswith("--teacher runs/teacher-0")
+    assert runs["out/cola--runs-masking-seed--entropy--3.json"] == (
+        "glue.py --label entropy --pattern runs/{masking}-{seed} --task cola --model "
+        "runs/entropy-3 --seed 3 --json out/cola--runs-masking-seed--entropy--3.json")
 
 
-def test_a_finished_model_is_not_pretrained_again_and_an_interrupted_one_goes_on(tmp_path,
-                                                                                 monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_options_of_one_strategy_do_not_reach_the_teacher(here):
+    """A student of another size, start or initialisation: today's arms."""
+    teachers, models, _, _ = planned(
+        "small=--masking entropy --plain-start", "wide=--preset mini --student-init embeddings",
+        "given=--masking entropy --teacher data/big", pretrain=[])
+    assert list(teachers) == ["runs/teacher-0/model.safetensors"]
+    assert "plain-start" not in str(teachers) and "mini" not in str(teachers)
+    assert models["runs/small-0/model.safetensors"].endswith(
+        "--masking entropy --plain-start --seed 0 --out runs/small-0 --teacher runs/teacher-0")
+    assert models["runs/wide-0/model.safetensors"].endswith("--teacher runs/teacher-0")
+    assert models["runs/given-0/model.safetensors"].endswith("--out runs/given-0")
+
+
+def test_a_teacher_that_is_named_for_all_is_not_made(here):
+    teachers, models, _, _ = planned("entropy", seeds=(0, 1),
+                                     pretrain=["--teacher", "runs/teacher-{seed}"])
+    assert not teachers and [command.split()[2] for command in models.values()] == [
+        "runs/teacher-0", "runs/teacher-1"]
+
+
+def test_what_is_there_is_not_made_again_and_an_interrupted_model_goes_on(here):
     pretrained("runs/random-0")
-    pretrained("runs/random-1", "--seed", "1", weights="")
-    commands = pretraining_commands(["random"], [0, 1, 2])
-    assert [command[-2:] for command in commands] == [["--resume", "runs/random-1"],
-                                                      ["--out", "runs/random-2"]]
+    pretrained("runs/random-1", weights="")
+    pretrained("runs/teacher-0")
+    Path("out").mkdir()
+    Path("out/cola--runs-masking-seed--random--0.json").touch()
+    teachers, models, runs, _ = planned("random", "entropy", seeds=(0, 1), pretrain=[])
+    assert list(teachers) == ["runs/teacher-1/model.safetensors"]
+    assert "runs/random-0/model.safetensors" not in models
+    assert models["runs/random-1/model.safetensors"] == "train.py --resume runs/random-1"
+    assert [Path(output).name for output in runs] == [
+        f"cola--runs-masking-seed--{name}.json" for name in ("entropy--0", "random--1",
+                                                             "entropy--1")]
 
 
-@pytest.mark.parametrize("made_with, asked_for, said", [
-    (["--steps", "60"], ["--steps", "100"], "--steps 60, and this sweep asks for 100"),
-    (["--seed", "5"], [], "--seed 5, and this sweep asks for 0"),
-    (["--masking", "typhoon"], [], "--masking typhoon, and this sweep asks for random"),
-    (["--mask-rate", "0.4"], [], "--mask-rate 0.4, and this sweep asks for 0.3")])
-def test_a_model_that_was_pretrained_otherwise_is_no_run_of_the_grid(
-        tmp_path, monkeypatch, made_with, asked_for, said):
-    monkeypatch.chdir(tmp_path)
-    pretrained("runs/random-0", *made_with)
-    with pytest.raises(InputError, match="runs/random-0 was made with " + said):
-        pretraining_commands(["random"], [0], extra=asked_for)
+def test_the_typhoon_preset_is_the_papers_grid(here, capsys):
+    stats.main(["sweep", "--preset", "typhoon", "--dry-run"])
+    commands = [stats.glue.parse_args(shlex.split(line)[2:])
+                for line in capsys.readouterr().out.splitlines()]
+    assert len(commands) == 90 and {args.adapt for args in commands} == {
+        "random", "whole-word", "typhoon"}
+    rows = [stats.Row(args.task, args.model, args.adapt, args.seed, 0.0) for args in commands]
+    assert len(stats.compare_all(rows, against="typhoon")) == 12
 
 
-def test_a_pattern_is_one_model_in_the_report(tmp_path, fake_glue):
-    runs = stats.plan(tasks=["cola"], models=["runs/{masking}-{seed}"],
-                      strategies=["random", "entropy"], seeds=[0, 1])
-    stats.sweep(runs, tmp_path / "out", parallel=2, script=fake_glue)
-    (pair,) = stats.analyse(tmp_path / "out")["pairs"]
-    assert (pair["model"], pair["strategy"], pair["n"]) == ("runs/{masking}-{seed}", "entropy", 2)
+def test_the_entropy_preset_pretrains_18_models_with_three_teachers(here, capsys):
+    stats.main(["sweep", "--preset", "entropy", "--pretrain", "--steps 10", "--dry-run"])
+    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    assert [Path(line[0]).name for line in lines] == ["train.py"] * (3 + 18) + ["glue.py"] * 162
+    assert all(line[1:3] == ["--steps", "10"] for line in lines[:21])
+    assert not list(here.iterdir())
 
 
-def test_adaptation_strategies_go_to_adapt_and_none_adapts_nothing():
-    random_run, none = stats.plan(tasks=["cola"], models=["bert-base-uncased"],
-                                  strategies=["random", "none"], seeds=[0])
-    assert random_run.command(Path("o"), [], Path("g"))[-2:] == ["--adapt", "random"]
-    assert "--adapt" not in none.command(Path("o"), [], Path("g"))
+def test_adaptation_strategies_go_to_adapt_and_a_name_of_ones_own_to_the_label(here):
+    Path("mine.py").write_text("from masking import Random\nclass Rare(Random):\n    pass\n")
+    _, _, runs, _ = planned("random", "none", "mine.py:Rare", "flat=--adapt typhoon --lr 1e-4",
+                            models=["bert-base-uncased"], extra=["--epochs", "2"])
+    end = "--task cola --model bert-base-uncased --seed 0 --json out/cola--bert-base-uncased--"
+    assert list(runs.values()) == [
+        f"glue.py --epochs 2 {options} {end}{label}--0.json" for options, label in (
+            ("--adapt random", "random"), ("--adapt none", "none"),
+            ("--adapt mine.py:Rare", "Rare"),
+            ("--adapt typhoon --lr 1e-4 --label flat", "flat"))]
 
 
-def test_a_dry_run_lists_and_estimates_and_writes_nothing(tmp_path, capsys):
-    write_run(tmp_path, "random", 0, 0.5, name="cola--m--random--0", seconds=90,
-              args={"adapt": "random"})
-    stats.main(["sweep", "--tasks", "cola", "--models", "m", "--strategies", "random", "typhoon",
-                "--seeds", "0", "1", "2", "--out", str(tmp_path), "--jobs", "2", "--dry-run",
-                "--", "--data-dir", "nowhere"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "done      cola--m--random--0" and lines[1] == "missing   cola--m--typhoon--0"
-    assert lines[6] == "download  m"
-    assert lines[7] == "download  the data of cola, which are not in nowhere"
-    assert lines[-1] == "5 of 6 runs to do: about 4 minutes with --jobs 2, from 1 finished runs"  # 5 × 90 s / 2
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_pattern_of_seeds_alone_is_adapted_and_one_model_in_the_report(here):
+    Path("runs/wide-4").mkdir(parents=True)
+    _, _, runs, _ = planned("random", models=["runs/wide-{seed}"], seeds=(4,))
+    assert list(runs.values()) == [
+        "glue.py --adapt random --pattern runs/wide-{seed} --task cola --model runs/wide-4 "
+        "--seed 4 --json out/cola--runs-wide-seed--random--4.json"]
+
+
+def test_the_exam_is_swept_and_reported(here, capsys):
+    """Real runs of a few steps, with a teacher, a strategy in a file and options of one's own."""
+    words = random.Random(0).choices("the a cat dog sat ran on in mat and then".split(), k=9000)
+    paragraphs = [" ".join(words[i:i + 30]) for i in range(0, 9000, 30)]
+    Path("text.txt").write_text("\n\n".join(paragraphs))
+    Path("mine.py").write_text("from masking import Random\nclass Mine(Random):\n    pass\n")
+    arguments = ["sweep", "--tasks", "mlm", "--models", PATTERN, "--seeds", "1", "--out", "out",
+                 "--jobs", "2", "--strategies", "mine.py:Mine", "random-kd",
+                 "low=--masking random --mask-rate 0.1", "--pretrain",
+                 "--corpus text.txt --steps 2 --teacher-steps 2 --seq-len 32 "
+                 "--batch-size 2 --device cpu"]
+    stats.main(arguments)
+    assert sorted(contents(here / "out")) == [
+        f"mlm--runs-masking-seed--{label}--1.json" for label in ("Mine", "low", "random-kd")]
+    result = json.loads(Path("out/mlm--runs-masking-seed--random-kd--1.json").read_text())
+    assert (result["model"], result["strategy"], result["pattern"], result["seed"]) == (
+        "runs/random-kd-1", "random-kd", PATTERN, 1)
+    assert result["weights"] == stats.weights_digest("runs/random-kd-1")
+    assert result["pretraining"]["teacher"] == "runs/teacher-1"
+    assert result["pretraining"]["teacher_weights"] == stats.weights_digest("runs/teacher-1")
+    assert Path("runs/teacher-1.log").exists() and Path("runs/low-1.log").exists()
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    stats.main(arguments)  # nothing is left to do
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+    stats.main(["report", "out"])
+    assert "| random-kd − low | 1 | " in capsys.readouterr().out
 
 
 # --- the command line -----------------------------------------------------------------------------
 
-CELL = ["--tasks", "cola", "--models", "m", "--strategies", "random"]
+CELL = ["sweep", "--tasks", "cola", "--models", "m", "--strategies", "random"]
+ENTROPY = ["sweep", "--preset", "entropy", "--pretrain"]
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -1076,44 +1106,49 @@ CELL = ["--tasks", "cola", "--models", "m", "--strategies", "random"]
     (["report", ".", "--effect", "0"], "--effect: 0 is not above 0"),
     (["report", ".", "--effect", "nan"], "--effect: nan is not above 0"),
     (["sweep"], "--tasks and --models and --strategies missing"),
-    (["sweep", *CELL, "--jobs", "0"], "--jobs: 0 is not at least 1"),
-    (["sweep", *CELL, "--shard", "0/4"], "--shard 0/4"),
-    (["sweep", *CELL, "--shard", "5/4"], "--shard 5/4"),
-    (["sweep", *CELL, "--shard", "2"], "--shard 2"),
-    (["sweep", *CELL, "--tasks", "cloa"], "--tasks: invalid choice: 'cloa'"),
-    (["sweep", *CELL, "--strategies", "rnadom"], "rnadom"),
-    (["sweep", *CELL, "--models", "runs/{mask}"], "no other brace"),
-    (["sweep", *CELL, "--models", "a/b", "a-b"], "both write cola--a-b--random--0.json"),
-    (["sweep", *CELL, "--models", "runs/{masking}"], "runs/random is not there"),
-    (["sweep", *CELL, "--models", "runs/x/y"], "runs/x/y is not there"),
-    (["sweep", *CELL, "--models", "runs/x/y", "--dry-run"], "runs/x/y is not there"),
-    (["sweep", *CELL, "--tasks", "mlm"], "--tasks mlm compares pretraining"),
-    (["sweep", *CELL, "--arm", "random=--masking random"], "'random=--masking random' is not"),
-    (["sweep", *CELL, "--arm", "x"], "--arm: 'x' is not NAME='OPTIONS'"),
-    (["sweep", "--preset", "entropy", "--arm", "x='", "--pretrain"], "No closing quotation"),
-    (["sweep", "--preset", "entropy", "--arm", "x=--seed 3", "--pretrain"], "--seed is set by"),
-    (["sweep", "--preset", "entropy", "--strategies", "no.py:X", "--pretrain"], "no.py cannot be imported"),
-    (["sweep", *CELL, "--models", "runs/{masking}", "--strategies", "a b"], "--strategies a b"),
-    (["sweep", *CELL, "--", "--epochs", "0"], "the options for glue.py: argument --epochs: 0 is"),
-    (["sweep", *CELL, "--", "--corruption", "1", "1", "0"], "for glue.py: --corruption [1.0, 1.0"),
-    (["sweep", *CELL, "--", "--seed=3"], "--seed is set by the sweep"),
-    (["sweep", "--preset", "entropy", "--strategies", "x", "--pretrain"], "--pretrain knows no strategy x"),
-    (["sweep", "--preset", "entropy", "--pretrain", "--out x"], "--out is set by the sweep"),
-    (["sweep", "--preset", "entropy", "--pretrain", "--steps 0"],
-     "the options for train.py: argument --steps: 0 is"),
-    (["sweep", "--preset", "entropy", "--pretrain", "--shard", "1/2"], "first sweep --pretrain, then the shards")])
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments,
-                                                         said):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stats, "sweep", None)  # it would run for hours
+    ([*CELL, "--jobs", "0"], "--jobs: 0 is not at least 1"),
+    ([*CELL, "--seeds", "-1"], "--seeds: -1 is not at least 0"),
+    ([*CELL, "--tasks", "cloa"], "--tasks: invalid choice: 'cloa'"),
+    ([*CELL, "--strategies", "rnadom"], "rnadom"),
+    ([*CELL, "--strategies", "a b"], "'a b' cannot name a strategy"),
+    ([*CELL, "--strategies", "teacher=--masking random"], "'teacher' cannot name a strategy"),
+    ([*CELL, "--strategies", "x='"], "argument --strategies: invalid"),
+    ([*CELL, "--models", "runs/{mask}"], "runs/{mask} is not there"),
+    ([*CELL, "--models", "a/b", "a-b"], "both write runs/sweep/cola--a-b--random--0.json"),
+    ([*CELL, "--models", "runs/{masking}"], "runs/random is not there: --pretrain makes it"),
+    ([*CELL, "--tasks", "mlm"], "--tasks mlm compares pretraining"),
+    ([*CELL, "--models", "nowhere/at/all"], "nowhere/at/all is not a model directory"),
+    ([*CELL, "--pretrain"], "--models has none with {masking}"),
+    ([*CELL, "--", "--epochs", "0"], "--epochs: 0 is"),
+    ([*CELL, "--", "--corruption", "1", "1", "0"], "--corruption [1.0, 1.0"),
+    ([*CELL, "--", "--see", "3"], "unrecognized arguments: --see 3"),
+    ([*ENTROPY, "--strategies", "x"], "argument --masking"),
+    ([*ENTROPY, "--strategies", "no.py:X"], "no.py cannot be imported"),
+    ([*ENTROPY, "--steps 0"], "argument --steps: 0 is"),
+    ([*ENTROPY, "--steps '3"], "argument --pretrain: invalid")])
+def test_bad_input_is_refused_before_anything_is_written(here, capsys, arguments, said):
     with pytest.raises((InputError, SystemExit)) as error:
         stats.main(arguments)
     message = capsys.readouterr().err.rstrip("\n") or str(error.value)
     assert said in message and "\n" not in message
-    assert not list(tmp_path.iterdir())
+    assert not list(here.iterdir())
+
+
+def test_how_many_failed_and_why_is_said_at_the_end(here, capsys):
+    Path("data").mkdir()
+    Path("m").mkdir()
+    Path("m/model.safetensors").write_text("damaged")
+    arguments = [*CELL, "--seeds", "1", "3", "--out", "out", "--", "--data-dir", "data"]
+    with pytest.raises(stats.RunError, match="2 failed, .*The same sweep tries again") as error:
+        stats.main(arguments)
+    reason = Path("out/cola--m--random--3.log").read_text().splitlines()[-1]
+    assert reason in str(error.value) and not contents(Path("out"))
+    assert capsys.readouterr().out.count(reason) == 2
 
 
 def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):
     for arguments in (["report", str(tmp_path)], ["report"], ["sweep", "--preset", "x"]):
-        result = subprocess.run([sys.executable, stats.__file__, *arguments], capture_output=True, text=True)
-        assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not result.stdout
+        result = subprocess.run([sys.executable, stats.__file__, *arguments], capture_output=True,
+                                text=True)
+        assert result.returncode == 2 and not result.stdout
+        assert len(result.stderr.splitlines()) == 1
