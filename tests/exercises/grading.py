@@ -1,9 +1,11 @@
-"""Puts the functions of one exercise into the reference implementation and runs its checks.
+"""Puts the functions of one exercise into a working implementation and runs its checks.
 
-`assignments.py grade` starts this file as a process of its own for every exercise, because the code
-that it runs is a student's: it may never end, use up the memory, print, exit or write files.
+`assignments.py grade` starts a copy of this file as a process of its own for every exercise,
+because the code that it runs is a student's: it may never end, use up the memory, print, exit or
+write files. The folder of the copy holds the implementation without this exercise's functions, so
+that there is no solution to import.
 
-    python tests/exercises/grading.py NUMBER DIR/masking.py token_entropy
+    python grading.py NUMBER DIR/masking.py token_entropy
 
 The last line of the output is JSON: null where every check holds, or the sentence of the first that
 does not. The limits below stop mistakes, not malice; a course with strangers needs a container too.
@@ -11,21 +13,17 @@ does not. The limits below stop mistakes, not malice; a course with strangers ne
 A *tree* is a parsed Python file. A function is named as in "Typhoon.rates" or "budget".
 """
 import ast
+import functools
 import importlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-for folder in (HERE, ROOT):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 import torch
 
@@ -46,6 +44,54 @@ FORBIDDEN = {  # audit event: what a student did, in words
 
 # --- functions in trees ---------------------------------------------------------------------------
 
+def parse(source: bytes) -> tuple[ast.Module, dict[str, str]]:
+    """Returns a file's tree, and for each function or class that is no Python what is wrong there.
+
+    One mistake costs one function: where the file cannot be read as a whole, each statement at its
+    left edge is read by itself, and of a class each method."""
+    try:
+        return ast.parse(source), {}
+    except (SyntaxError, ValueError):  # ValueError: a zero byte
+        lines = source.decode(errors="replace").split("\n")
+        body, problems = readable_parts(lines, 0, len(lines))
+        return ast.Module(body, []), problems
+
+
+@functools.cache
+def file_tree(path: str) -> ast.Module:
+    """Returns the tree of a file that nobody changes."""
+    return ast.parse(Path(path).read_bytes())
+
+
+def readable_parts(lines: list[str], first: int, end: int,
+                   owner: str = "") -> tuple[list[ast.stmt], dict[str, str]]:
+    """Returns the statements of lines[first:end] that can be read, and what is wrong with others.
+    owner: the class whose methods these are."""
+    begins = re.compile(r" {4}[\w@]" if owner else r"[\w@]").match
+    starts = [i for i in range(first, end)
+              if begins(lines[i]) and not (i > first and lines[i - 1].lstrip().startswith("@"))]
+    body, problems = [], {}
+    for start, stop in zip(starts, [*starts[1:], end]):
+        part = "\n".join(lines[start:stop])
+        # Empty lines in front keep the line numbers.
+        code = "\n" * (start - 1) + f"class {owner}:\n{part}" if owner else "\n" * start + part
+        try:
+            nodes = ast.parse(code).body
+            body += nodes[0].body if owner else nodes
+            continue
+        except (SyntaxError, ValueError) as error:
+            line = getattr(error, "lineno", None) or start + 1
+            why = f"line {line}: {getattr(error, 'msg', error)}"
+        if defined := re.search(r"^ *(def|class) (\w+)", part, re.MULTILINE):
+            kind, name = defined.groups()
+            problems[f"{owner}.{name}".lstrip(".")] = why
+            if kind == "class":
+                methods, inside = readable_parts(lines, start + 1, stop, name)
+                body.append(ast.ClassDef(name, [], [], methods, []))
+                problems |= inside
+    return body, problems
+
+
 def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
     """Returns what a module or a class defines at its top level, by name; the last one counts."""
     found = {}
@@ -56,10 +102,9 @@ def definitions(body: list[ast.stmt]) -> dict[str, ast.stmt]:
             for alias in node.names:
                 found[alias.asname or alias.name.partition(".")[0]] = node
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
-                if isinstance(target, ast.Name):
-                    found[target.id] = node
+            for part in ast.walk(node):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    found[part.id] = node
     return found
 
 
@@ -77,6 +122,19 @@ def used_names(node: ast.AST) -> set[str]:
     """Returns every name and attribute that a piece of code mentions."""
     names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     return names | {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+
+
+def library_names(node: ast.AST) -> set[str]:
+    """Returns every name that a piece of code imports or takes from a module. A variable may be
+    called as it likes, and so may a method of the student's own."""
+    names = set()
+    for part in ast.walk(node):
+        if isinstance(part, (ast.Import, ast.ImportFrom)):
+            paths = [getattr(part, "module", None) or "", *(alias.name for alias in part.names)]
+            names.update(name for path in paths for name in path.split("."))
+        elif isinstance(part, ast.Attribute) and ast.unparse(part.value) != "self":
+            names.add(part.attr)
+    return names
 
 
 def helpers(tree: ast.Module, reference: ast.Module, names: list[str]) -> tuple[list, list]:
@@ -116,7 +174,7 @@ def installed(tree: ast.Module, path: str, names: list[str]):
     The file is not run: only these functions, and what the student added for them, are compiled
     into the reference's module. Afterwards everything is as it was."""
     module = importlib.import_module(Path(path).stem)
-    reference = ast.parse(Path(module.__file__).read_bytes())
+    reference = file_tree(module.__file__)
     added, methods = helpers(tree, reference, names)
     space, before = vars(module), dict(vars(module))
     undo = []
@@ -249,7 +307,7 @@ def main():
     sys.dont_write_bytecode = True
     tempfile.tempdir = os.getcwd()  # else the first use writes a file, to see which folder is good
     torch.set_num_threads(1)
-    tree = ast.parse(Path(path).read_bytes())
+    tree, _ = parse(Path(path).read_bytes())
     checks(number)  # imports everything, before the doors close
     limit_resources()
     offences = watch(path)

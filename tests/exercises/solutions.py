@@ -55,8 +55,8 @@ def budget(maskable, rate, generator=None):
 
 
 def top_k(scores, maskable, k):
-    scores = torch.where(maskable, scores, scores.min() - 1)
-    rank = (scores[:, :, None] < scores[:, None, :]).sum(-1)
+    order = torch.where(maskable, scores, scores.min() - 1).argsort(1, descending=True)
+    rank = order.argsort(1)
     return (rank < k[:, None]) & maskable
 
 
@@ -67,6 +67,20 @@ def random_mask(maskable, rate, generator=None):
         order = torch.randperm(len(there), generator=generator)
         chosen.append(torch.zeros_like(row).index_fill(0, there[order[:k]], True))
     return torch.stack(chosen)
+''', "numbers of other types": '''
+def budget(maskable, rate, generator=None):
+    wanted = rate * maskable.sum(1)
+    return (wanted + torch.rand(len(wanted), generator=generator)).floor()
+
+
+def top_k(scores, maskable, k):
+    rank = scores.masked_fill(~maskable, -torch.inf).argsort(1, descending=True).argsort(1)
+    return ((rank < k[:, None]) & maskable).to(torch.uint8)
+
+
+def random_mask(maskable, rate, generator=None):
+    draws = torch.rand(maskable.shape, generator=generator)
+    return top_k(draws, maskable, budget(maskable, rate, generator)).numpy()
 '''}, [
     ("rounds to the nearest", "(wanted + noise).floor()", "wanted.round()"),
     ("rounds up always", "(wanted + noise).floor()", "wanted.ceil()"),
@@ -88,6 +102,8 @@ def random_mask(maskable, rate, generator=None):
      "torch.ones_like(maskable[row]).nonzero()"),
     ("one too few", "min(int(k[row]), len(there))", "max(0, min(int(k[row]), len(there)) - 1)"),
     ("one k for all rows", "int(k[row])", "int(k[0])"),
+    ("all that equal the last one chosen", "mask[row, there[best]] = True",
+     "mask[row, there[scores[row, there] >= (scores[row, there[best]].min() if n else 9)]] = True"),
 ])
 
 # --- 2: corruption --------------------------------------------------------------------------------
@@ -123,6 +139,16 @@ def corrupt(input_ids, mask, mask_token_id, vocab_size, split=(0.8, 0.1, 0.1), g
             elif fates[row][column] == 1:
                 corrupted[row, column] = ordinary[words[row][column]]
     return corrupted, labels
+''', "numbers of other types": '''
+def corrupt(input_ids, mask, mask_token_id, vocab_size, split=(0.8, 0.1, 0.1), generator=None,
+            special_ids=()):
+    words = torch.tensor([v for v in range(vocab_size) if v not in special_ids])
+    dice = torch.rand(input_ids.shape, generator=generator)
+    other = words[torch.randint(len(words), input_ids.shape, generator=generator)]
+    corrupted = torch.where(dice < split[0], mask_token_id, other)
+    corrupted = torch.where(dice < split[0] + split[1], corrupted, input_ids)
+    corrupted = torch.where(mask, corrupted, input_ids).int()
+    return [corrupted, torch.where(mask, input_ids, -100).double().numpy()]
 '''}, [
     ("labels everywhere", "torch.full_like(input_ids, -100)", "input_ids.clone()"),
     ("labels of 0 off the mask", "-100", "0"),
@@ -146,6 +172,15 @@ def corrupt(input_ids, mask, mask_token_id, vocab_size, split=(0.8, 0.1, 0.1), g
      "torch.rand(len(input_ids), 1, generator=generator).expand(input_ids.shape)"),
     ("corrupts unmasked tokens too", "corrupted[mask & (dice < split[0])]",
      "corrupted[dice < split[0]]"),
+    ("eight tenths of the masked tokens, exactly",
+     "dice = torch.rand(input_ids.shape, generator=generator)",
+     "dice = torch.zeros(input_ids.shape)\n    n = int(mask.sum())\n"
+     "    dice[mask] = (torch.randperm(n, generator=generator) + 0.999) / max(n, 1)"),
+    ("half of them, exactly, rounded at random",
+     "dice = torch.rand(input_ids.shape, generator=generator)",
+     "dice = torch.zeros(input_ids.shape)\n    n = int(mask.sum())\n"
+     "    dice[mask] = (torch.randperm(n, generator=generator) "
+     "+ torch.rand(1, generator=generator)) / max(n, 1)"),
 ])
 
 # --- 3: attention ---------------------------------------------------------------------------------
@@ -181,6 +216,22 @@ def forward(self, query_hidden, hidden, key_mask=None):
         weights = scores / scores.sum(-1, keepdim=True)
         mixed.append(F.dropout(weights, self.dropout.p, self.training) @ v)
     return self.output(torch.cat(mixed, -1))
+''', "heads split in another shape, one after the other": '''
+class SelfAttention:
+    def split_heads(self, x):
+        B, L, H = x.shape
+        return x.reshape(B, L, self.heads, H // self.heads).permute(2, 0, 1, 3)
+
+    def forward(self, query_hidden, hidden, key_mask=None):
+        q, k, v = (self.split_heads(part(x)) for part, x in (
+            (self.query, query_hidden), (self.key, hidden), (self.value, hidden)))
+        mixed = []
+        for head in range(self.heads):
+            scores = q[head].matmul(k[head].mT) * q.shape[-1] ** -0.5
+            if key_mask is not None:
+                scores[~key_mask[:, 0].expand_as(scores)] = -torch.inf
+            mixed.append(self.dropout(scores.softmax(-1)).matmul(v[head]))
+        return self.output(torch.stack(mixed, 2).flatten(2))
 '''}, [
     ("softmax over the batch", "softmax(-1)", "softmax(0)"),
     ("softmax over the queries", "softmax(-1)", "softmax(-2)"),
@@ -210,6 +261,15 @@ def forward(self, query_hidden, hidden, key_mask=None):
      "hidden, H = query_hidden, hidden.shape[-1]"),
     ("values are the keys", "self.value(hidden)", "self.key(hidden)"),
     ("values of nothing but the hidden states", "self.value(hidden)", "hidden"),
+    ("heads split without a transpose",
+     "self.query(query_hidden).unflatten(-1, (self.heads, d))",
+     "self.query(query_hidden).reshape(len(hidden), self.heads, -1, d).transpose(1, 2)",
+     "self.key(hidden).unflatten(-1, (self.heads, d))",
+     "self.key(hidden).reshape(len(hidden), self.heads, -1, d).transpose(1, 2)",
+     "self.value(hidden).unflatten(-1, (self.heads, d))",
+     "self.value(hidden).reshape(len(hidden), self.heads, -1, d).transpose(1, 2)",
+     "mixed.flatten(2)", "mixed.transpose(1, 2).reshape(len(hidden), -1, H)"),
+    ("weights without a gradient", "self.dropout(weights)", "self.dropout(weights.detach())"),
 ])
 
 # --- 4: the block ---------------------------------------------------------------------------------
@@ -268,6 +328,8 @@ def forward(self, hidden, key_mask=None, queries=None):
      "self.attention(hidden, hidden)"),
     ("queries are ignored", "if queries is not None", "if False"),
     ("no last norm", "self.output_norm(middle + fed)", "middle + fed"),
+    ("the residual without a gradient", "self.output_norm(middle + fed)",
+     "self.output_norm(middle.detach() + fed)"),
 ])
 
 # --- 5: the masked-LM head ------------------------------------------------------------------------
@@ -281,13 +343,11 @@ class MaskedLMHead:
 
 
 class BertForMaskedLM:
-    def hidden(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None,
+    def encode(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None,
                positions=None):
         hidden = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds)
         if positions is None:
             return hidden
-        if torch.is_tensor(positions):
-            return hidden[positions]
         columns, chosen = positions
         columns = columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, columns).reshape(-1, hidden.shape[-1])[chosen]
@@ -300,14 +360,12 @@ class MaskedLMHead:
 
 
 class BertForMaskedLM:
-    def hidden(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None,
+    def encode(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None,
                positions=None):
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if positions is None:
             return self.bert(**given)
-        if not isinstance(positions, tuple):
-            positions = query_positions(positions)
         rows = self.bert(**given, queries=positions[0])
         return torch.index_select(rows.flatten(0, 1), 0, positions[1])
 '''}, [
@@ -322,17 +380,21 @@ class BertForMaskedLM:
     ("no dense layer", "F.gelu(self.dense(hidden))", "F.gelu(hidden)"),
     ("a decoder of its own", "x @ word_embeddings.T",
      "x @ torch.ones_like(word_embeddings).T"),
-    ("column by column", "return hidden[positions]",
-     "return hidden.transpose(0, 1)[positions.T]"),
+    ("column by column", ".reshape(-1, hidden.shape[-1])[chosen]",
+     ".transpose(0, 1).reshape(-1, hidden.shape[-1])[chosen.sort().values]"),
     ("positions are ignored", "if positions is None", "if True"),
-    ("the first positions only", "return hidden[positions]",
-     "return hidden[:, :positions.sum(1).max()].flatten(0, 1)"),
+    ("the first columns only", "hidden.gather(1, columns)", "hidden[:, :columns.shape[1]]"),
     ("the attention mask is lost", "self.bert(input_ids, attention_mask,",
      "self.bert(input_ids, None,"),
     ("token types are lost", "token_type_ids, inputs_embeds)\n", "None, inputs_embeds)\n"),
     ("inputs_embeds are lost", "token_type_ids, inputs_embeds)\n", "token_type_ids)\n"),
     ("fillers are kept", ".reshape(-1, hidden.shape[-1])[chosen]",
      ".reshape(-1, hidden.shape[-1])"),
+    ("the decoder is detached", "word_embeddings.T", "word_embeddings.detach().T"),
+    ("the encoder is detached", "token_type_ids, inputs_embeds)\n",
+     "token_type_ids, inputs_embeds).detach()\n"),
+    ("divided by the root of H", "x @ word_embeddings.T",
+     "x @ word_embeddings.T / x.shape[-1] ** 0.5"),
 ])
 
 # --- 6: whole-word masking ------------------------------------------------------------------------
@@ -370,6 +432,17 @@ def whole_word_mask(maskable, continuation, rate, generator=None):
     rank = score.argsort(1).argsort(1)
     chosen = rank < k[:, None]
     return chosen.gather(1, (number - 1).clamp(min=0)) & maskable
+''', "numbers of other types": '''
+def whole_word_mask(maskable, continuation, rate, generator=None):
+    import numpy as np
+    rows = []
+    for there, joins in zip(maskable.numpy(), continuation.numpy()):
+        begins = there & ~(joins & np.insert(there, 0, False)[:-1])
+        words = begins.sum()
+        wanted = rate * words + float(torch.rand((), generator=generator))
+        drawn = torch.randperm(int(words), generator=generator).numpy()[:int(wanted)]
+        rows.append(np.isin(begins.cumsum() - 1, drawn) & there)
+    return np.array(rows).astype(np.int8)
 '''}, [
     ("a coin for each word",
      "up = torch.rand(1, generator=generator).item() < wanted - int(wanted)",
@@ -416,6 +489,10 @@ def token_entropy(logits):
     total = weights.sum(-1)
     mean = (weights * z.clamp(min=-1e4)).sum(-1) / total
     return (total.log() - mean).float()
+''', "float64, and a variable with the name of a library": '''
+def token_entropy(logits):
+    distributions = torch.softmax(logits.double(), -1)
+    return -(distributions * distributions.clamp(min=1e-300).log()).sum(-1)
 '''}, [
     ("bits", "return -terms.sum(dim=-1)", "return -terms.sum(dim=-1) / math.log(2)"),
     ("the sign", "return -terms", "return terms"),
@@ -431,9 +508,11 @@ def token_entropy(logits):
      "return 1 - p.max(-1).values"),
     ("the cross-entropy of the best word", "return -terms.sum(dim=-1)",
      "return -log_p.max(-1).values"),
+    ("a small epsilon", "torch.where(p > 0, p * log_p, torch.zeros_like(p))",
+     "p * (p + 1e-4).log()"),
 ])
 
-# --- 8: the four selections -----------------------------------------------------------------------
+# --- 8: the five selections -----------------------------------------------------------------------
 
 SOLUTIONS[8] = Solutions({"row by row": '''
 def select_positions(scores, maskable, k, select, generator=None):
@@ -447,6 +526,9 @@ def select_positions(scores, maskable, k, select, generator=None):
             chosen = order[:n]
         elif select == "low":
             chosen = order.flip(0)[:n]
+        elif select == "middle":
+            off = (values - (values.quantile(0.5) if len(values) else 0)).abs()
+            chosen = off.argsort()[:n]
         elif select == "mixed":
             rest = order[n // 2:]
             anyone = rest[torch.randperm(len(rest), generator=generator)[:n - n // 2]]
@@ -470,6 +552,9 @@ def select_positions(scores, maskable, k, select, generator=None):
         return top_k(scores, maskable, k)
     elif select == "low":
         return top_k(scores.max() - scores, maskable, k)
+    if select == "middle":
+        middle = scores.masked_fill(~maskable, torch.nan).nanquantile(0.5, 1, keepdim=True)
+        return top_k(-(scores - middle).square(), maskable, k)
     noise = torch.rand(scores.shape, generator=generator)
     if select == "mixed":
         first = top_k(scores, maskable, k - k // 2)
@@ -478,6 +563,25 @@ def select_positions(scores, maskable, k, select, generator=None):
         clocks = -torch.log1p(-noise.clamp(min=1e-7)) / (scores + 1e-12)
         return top_k(-clocks, maskable, k)
     raise ValueError(select)
+''', "numbers of other types": '''
+def select_positions(scores, maskable, k, select, generator=None):
+    noise = torch.rand(scores.shape, generator=generator).double()
+    scores, half = scores.double(), torch.zeros_like(k)
+    if select not in ("high", "low", "middle", "mixed", "sample"):
+        raise ValueError(select)
+    if select == "mixed":
+        half = k // 2
+    rows = [row[there] for row, there in zip(scores, maskable)]
+    medians = torch.stack([row.quantile(0.5) if len(row) else row.sum() for row in rows])
+    keys = {"high": scores, "low": -scores, "mixed": noise,
+            "middle": -(scores - medians[:, None]).abs(),
+            "sample": noise.clamp(min=1e-9).log() / scores.clamp(min=1e-12)}[select]
+
+    def ranks(x):
+        return x.masked_fill(~maskable, -torch.inf).argsort(1, descending=True).argsort(1)
+
+    keys = torch.where(ranks(scores) < half[:, None], torch.inf, keys)
+    return ((ranks(keys) < k[:, None]) * maskable).T.contiguous().T.float()
 '''}, [
     ("high and low exchanged", "order[:n]\n        elif select == \"low\":\n            chosen = "
      "order.flip(0)[:n]",
@@ -486,6 +590,8 @@ def select_positions(scores, maskable, k, select, generator=None):
     ("low ignores low", "order.flip(0)[:n]", "order[:n]"),
     ("special tokens may be chosen", "maskable[row].nonzero()",
      "torch.ones_like(maskable[row]).nonzero()"),
+    ("the middle by a mean", "values.quantile(0.5)", "values.mean()"),
+    ("the middle of all positions", "values.quantile(0.5)", "scores[row].double().quantile(0.5)"),
     ("mixed is high", "rest[torch.randperm(len(rest), generator=generator)[:n - n // 2]]",
      "rest[:n - n // 2]"),
     ("mixed draws from everyone", "rest = order[n // 2:]", "rest = order"),
@@ -512,10 +618,10 @@ def select_positions(scores, maskable, k, select, generator=None):
      "chosen = order[:n]"),
 ])
 
-# --- 9: hidden entropy ----------------------------------------------------------------------------
+# --- 9: masked entropy ----------------------------------------------------------------------------
 
 SOLUTIONS[9] = Solutions({"a permutation of each row": '''
-def hidden_entropy(model, batch, rate, mask_token_id, generator=None):
+def masked_entropy(model, batch, rate, mask_token_id, generator=None):
     groups = math.ceil(1 / rate)
     group = torch.full_like(batch.input_ids, -1)
     for row, maskable in enumerate(batch.maskable):
@@ -530,7 +636,7 @@ def hidden_entropy(model, batch, rate, mask_token_id, generator=None):
         entropy[hidden] = found[hidden]
     return entropy
 ''', "all passes in one": '''
-def hidden_entropy(model, batch, rate, mask_token_id, generator=None):
+def masked_entropy(model, batch, rate, mask_token_id, generator=None):
     groups = math.ceil(1 / rate)
     noise = torch.rand(batch.maskable.shape, generator=generator) - 2 * batch.maskable.float()
     rank = noise.argsort(1).argsort(1)
@@ -540,6 +646,18 @@ def hidden_entropy(model, batch, rate, mask_token_id, generator=None):
     with evaluating(model):
         logits = model(ids.flatten(0, 1), mask)
     return (token_entropy(logits).unflatten(0, (groups, -1)) * hidden).sum(0)
+''', "float64, not contiguous": '''
+def masked_entropy(model, batch, rate, mask_token_id, generator=None):
+    groups = -int(-1 // rate)
+    draws = torch.rand(batch.maskable.shape, generator=generator) + 2 * ~batch.maskable
+    group = draws.argsort(1).argsort(1).remainder(groups)
+    entropy = torch.zeros(group.T.shape, dtype=torch.double).T
+    for number in range(groups):
+        chosen = (group == number).logical_and(batch.maskable)
+        ids = batch.input_ids.clone()
+        ids[chosen] = mask_token_id
+        entropy += position_entropy(model, batch, ids, chosen).double()
+    return entropy
 '''}, [
     ("the same groups for ever", "deal[torch.randperm(len(there), generator=generator)]", "deal"),
     ("blocks of neighbours", "deal[torch.randperm(len(there), generator=generator)]",
@@ -632,6 +750,13 @@ class SelfEntropy:
     ("visible is forgotten", 'if context.entropy_input == "masked":', "if True:"),
     ("at least one a row", "budget(batch.maskable, context.rate, generator)",
      "budget(batch.maskable, context.rate, generator).clamp(min=1)"),
+    ("candidates at twice the rate",
+     "            candidates = torch.zeros_like(batch.maskable)\n"
+     "            for row in range(len(k)):\n"
+     "                there = batch.maskable[row].nonzero()[:, 0]\n"
+     "                order = torch.randperm(len(there), generator=generator)\n"
+     "                candidates[row, there[order[:2 * k[row]]]] = True\n",
+     "            candidates = random_mask(batch.maskable, 2 * context.rate, generator)\n"),
 ])
 
 # --- 11: the KD loss ------------------------------------------------------------------------------
@@ -657,6 +782,17 @@ def kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
     p = (z_t / T).softmax(-1)
     soft = F.cross_entropy(z_s / T, p) - torch.special.entr(p).sum(-1).mean()
     return (alpha * T * T * soft + hard - alpha * hard).float()
+''', "float64, and a variable with the name of a library call": '''
+def kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
+    z_s = student_logits.double()
+    ce = -z_s.log_softmax(-1).gather(1, labels[:, None]).mean()
+    kl_div = 0
+    if alpha > 0:
+        z_t = teacher_logits.double() / temperature
+        log_p = z_t - z_t.logsumexp(-1, keepdim=True)
+        log_q = (z_s / temperature).log_softmax(-1)
+        kl_div = torch.einsum("nv,nv->n", log_p.exp(), log_p - log_q).mean()
+    return alpha * temperature ** 2 * kl_div + (1 - alpha) * ce
 '''}, [
     ("no T squared", "alpha * temperature ** 2 * kl", "alpha * kl"),
     ("T, not T squared", "temperature ** 2", "temperature"),
@@ -681,6 +817,8 @@ def kd_loss(student_logits, teacher_logits, labels, alpha, temperature):
      "torch.softmax(z_s / temperature, -1).log()"),
     ("half precision", ".float()", ""),
     ("the teacher is always needed", "if alpha == 0:", "if teacher_logits is ...:"),
+    ("the student's logits are detached", "torch.log_softmax(z_s / temperature, -1)",
+     "torch.log_softmax(z_s.detach() / temperature, -1)"),
 ])
 
 # --- 12: embedding saliency -----------------------------------------------------------------------
@@ -887,7 +1025,7 @@ class Trainer:
         corrupted, labels = corrupt(batch.input_ids, mask, vocab.mask_id, vocab.size,
                                     recipe.corruption, generator=self.generator,
                                     special_ids=vocab.special_ids)
-        targets = labels[mask]
+        targets, queries = labels[mask], query_positions(mask)
         watching = self.strategy.wants_gradient
         attention_mask, types = batch.attention_mask, batch.token_type_ids
         with self.autocast():
@@ -895,11 +1033,12 @@ class Trainer:
             if watching:
                 words.retain_grad()
             logits = self.parallel(inputs_embeds=words, attention_mask=attention_mask,
-                                   token_type_ids=types, positions=mask)
+                                   token_type_ids=types, positions=queries)
             teacher_logits = None
             if kd_weight:
                 with torch.no_grad():
-                    teacher_logits = self.teacher(corrupted, attention_mask, types, positions=mask)
+                    teacher_logits = self.teacher(corrupted, attention_mask, types,
+                                                  positions=queries)
             N = len(targets)
             loss = logits.sum()
             if N > 0:
@@ -908,8 +1047,8 @@ class Trainer:
         scaled = loss / masked_in_all * world_size()
         scaled.backward()
         if watching:
-            hidden = corrupted != batch.input_ids
-            self.strategy.observe(batch, hidden, words.grad / world_size())
+            unseen = corrupted != batch.input_ids
+            self.strategy.observe(batch, unseen, words.grad / world_size())
         return loss.detach()
 ''', "all logits and a detached teacher": '''
 class Trainer:
@@ -972,13 +1111,14 @@ class Trainer:
     ("returns the mean", "return loss.detach()", "return loss.detach() / max(N, 1)"),
     ("returns the graph", "return loss.detach()", "return loss"),
     ("no backward pass", "scaled.backward()", "scaled.backward() if watching else None"),
-    ("observe is given the mask", "hidden = corrupted != batch.input_ids", "hidden = mask"),
-    ("observe is never called", "if watching:\n            hidden",
-     "if False:\n            hidden"),
+    ("observe is given the mask", "unseen = corrupted != batch.input_ids", "unseen = mask"),
+    ("observe is never called", "if watching:\n            unseen",
+     "if False:\n            unseen"),
     ("the uncorrupted text goes in", "word_embeddings(corrupted)",
      "word_embeddings(batch.input_ids)"),
-    ("labels are what the model reads", "targets = labels[mask]", "targets = corrupted[mask]"),
+    ("labels are what the model reads", "= labels[mask]", "= corrupted[mask]"),
     ("the teacher always runs", "if kd_weight:", "if self.teacher:"),
+    ("the model beside its parallel form", "self.parallel(", "self.model("),
 ])
 
 # --- 16: Matthews' correlation --------------------------------------------------------------------
@@ -1004,6 +1144,14 @@ def matthews(predictions, labels):
     x, y = x - x.mean(0), y - y.mean(0)
     xx, yy = (x * x).sum(), (y * y).sum()
     return float((x * y).sum() / math.sqrt(xx * yy)) if xx > 1e-12 and yy > 1e-12 else 0.0
+''', "a 0-d tensor": '''
+def matthews(predictions, labels):
+    x, y = (torch.as_tensor(side) for side in (predictions, labels))
+    classes = torch.cat([x, y]).unique()
+    x, y = ((side[:, None] == classes).double() for side in (x, y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = ((x * x).sum() * (y * y).sum()).sqrt()
+    return (x * y).sum() / scale if scale > 1e-9 else 0
 '''}, [
     ("the labels' part twice", "np.sqrt(said * truth)", "np.sqrt(truth * truth)"),
     ("the predictions' part twice", "np.sqrt(said * truth)", "np.sqrt(said * said)"),
@@ -1021,6 +1169,11 @@ def matthews(predictions, labels):
      "if truth * said:\n        return float(np.corrcoef(predictions, labels)[0, 1])\n"
      "    if truth * said == 0:"),
     ("the expected agreement is left out", "right * n - t @ p", "right * n"),
+    ("nan of constant labels", "if truth * said == 0:", "if said == 0:"),
+    ("nan of constant predictions", "if truth * said == 0:", "if truth == 0:"),
+    ("products in int32", "np.sqrt(said * truth)", "np.sqrt(np.int32(said) * np.int32(truth))"),
+    ("products in int64", "C.astype(float)", "C.astype(np.int64)", "np.sqrt(said * truth)",
+     "np.sqrt(np.maximum(said * truth, 1))"),
 ])
 
 # --- 17: the paired t test and its interval -------------------------------------------------------
@@ -1032,12 +1185,8 @@ def paired_t_test(a, b):
     d = np.array(a, dtype=float) - np.array(b, dtype=float)
     n = len(d)
     mean, sd = mean_sd(d)
-    if n == 1:
+    if n == 1 or sd == 0:
         return float("nan"), float("nan")
-    if sd == 0:
-        if mean == 0:
-            return 0.0, 1.0
-        return float("inf") * (1 if mean > 0 else -1), float("nan")
     t = mean / (sd / n ** 0.5)
     p = t_tail(t, n - 1)
     return t, p
@@ -1046,7 +1195,7 @@ def paired_t_test(a, b):
 def confidence_interval(differences, level=LEVEL):
     n = len(differences)
     mean, sd = mean_sd(differences)
-    if n == 1:
+    if n == 1 or not sd:
         return float("nan"), float("nan")
     factor = t_critical(n - 1, 1 - level)
     width = factor * sd / n ** 0.5
@@ -1057,12 +1206,8 @@ def paired_t_test(a, b):
     d = []
     for x, y in zip(a, b, strict=True):
         d.append(x - y)
-    if len(d) < 2:
+    if len(d) < 2 or max(d) - min(d) <= 1e-9 * max(map(abs, d)):
         return math.nan, math.nan
-    if max(map(abs, d)) == 0:
-        return 0.0, 1.0
-    if max(d) - min(d) < 1e-9 * max(map(abs, d)):
-        return math.copysign(math.inf, d[0]), math.nan
     t = statistics.fmean(d) * math.sqrt(len(d)) / statistics.stdev(d)
     return t, t_tail(t, len(d) - 1)
 
@@ -1070,11 +1215,29 @@ def paired_t_test(a, b):
 def confidence_interval(differences, level=LEVEL):
     import statistics
     d = list(differences)
-    if len(d) < 2:
+    if max(d) - min(d) <= 1e-9 * max(map(abs, d)):
         return math.nan, math.nan
     error = statistics.stdev(d) / math.sqrt(len(d))
     reach = t_critical(len(d) - 1, 1 - level) * error
     return statistics.fmean(d) - reach, statistics.fmean(d) + reach
+''', "arrays and numpy's numbers": '''
+def paired_t_test(a, b):
+    if len(a) != len(b):
+        raise ValueError("not paired")
+    d = np.subtract(a, b)
+    mean, sd = (np.float64(x) for x in mean_sd(d))
+    if not sd > 0:
+        return np.array([np.nan, np.nan])
+    t = np.sqrt(len(d)) * mean / sd
+    return t, np.float64(t_tail(t, len(d) - 1))
+
+
+def confidence_interval(differences, level=LEVEL):
+    mean, sd = mean_sd(differences)
+    if not sd > 0:
+        return np.full(2, np.nan)
+    half = t_critical(len(differences) - 1, 1 - level) * sd / np.sqrt(len(differences))
+    return mean + half * np.array([-1, 1])
 '''}, [
     ("t loses its sign", "return t, p", "return abs(t), p"),
     ("b minus a", "np.array(a, dtype=float) - np.array(b, dtype=float)",
@@ -1089,12 +1252,15 @@ def confidence_interval(differences, level=LEVEL):
     ("a normal distribution", "p = t_tail(t, n - 1)", "p = math.erfc(abs(t) / 2 ** 0.5)"),
     ("different lengths", "if len(a) != len(b):\n",
      "a, b = a[:len(b)], b[:len(a)]\n    if False:\n"),
-    ("p of 0 without a spread", '(1 if mean > 0 else -1), float("nan")',
-     "(1 if mean > 0 else -1), 0.0"),
-    ("infinity without its sign", "(1 if mean > 0 else -1)", "1"),
-    ("nan where all are 0", "return 0.0, 1.0", 'return float("nan"), float("nan")'),
-    ("one seed has a t", 'if n == 1:\n        return float("nan"), float("nan")\n    if sd',
-     "if n == 1:\n        return 0.0, 1.0\n    if sd"),
+    ("p of 0 without a spread", 'if n == 1 or sd == 0:\n        return float("nan"), float("nan")',
+     'if n == 1 or sd == 0:\n        return float("inf"), 0.0'),
+    ("p of 1 where all are 0", "if n == 1 or sd == 0:", "if sd == 0 == mean:\n        return 0.0, 1.0\n"
+     "    if n == 1 or sd == 0:"),
+    ("rounding is a spread", "mean, sd = mean_sd(d)\n    if n == 1 or sd == 0:",
+     "mean, sd = mean_sd(d)\n    sd = d.std(ddof=1) if n > 1 else sd\n    if n == 1 or sd == 0:"),
+    ("one seed has a t", "if n == 1 or sd == 0:",
+     "if n == 1:\n        return 0.0, 1.0\n    if sd == 0:"),
+    ("an interval without width", "if n == 1 or not sd:", "if n == 1:"),
     ("an interval with 1.96", "t_critical(n - 1, 1 - level)", "1.96"),
     ("an interval of another level", "t_critical(n - 1, 1 - level)", "t_critical(n - 1, 0.05)"),
     ("an interval of half the error", "t_critical(n - 1, 1 - level)",
@@ -1131,6 +1297,20 @@ def holm(p_values):
         smaller = sorted(q for q in p if q <= value)
         result.append(float(max(min(1, q * (len(p) - k)) for k, q in enumerate(smaller))))
     return result
+''', "an array": '''
+def holm(p_values):
+    p = np.array(p_values, dtype=float)
+    order = np.argsort(p)
+    steps = np.minimum(1, p[order] * (len(p) - np.arange(len(p))))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.fmax.accumulate(steps) if len(p) else steps
+    return np.where(np.isnan(p), np.nan, adjusted)
+''', "a list of numpy's numbers": '''
+def holm(p_values):
+    m = len(p_values)
+    real = [p for p in p_values if not math.isnan(p)]
+    return [np.float64(max(min(1, q * (m - sum(r < q for r in real))) for q in real if q <= p))
+            if p in real else np.nan for p in p_values]
 '''}, [
     ("Bonferroni", "factor = m - rank", "factor = m"),
     ("the factors off by one", "factor = m - rank", "factor = m - rank - 1"),
@@ -1169,10 +1349,9 @@ def multi_bootstrap(a, b, level=LEVEL, seed=0):
     n, R = a.shape
     if n == 1:
         return float("nan"), float("nan")
-    means = np.zeros(R)
-    for r in range(R):
-        seeds = rng.integers(0, n, size=n)
-        means[r] = np.mean(a[seeds, r] - b[seeds, r])
+    seeds = rng.integers(0, n, size=(n, R))
+    columns = np.arange(R)
+    means = np.mean(a[seeds, columns] - b[seeds, columns], 0)
     tail = (1 - level) / 2
     return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
 ''', "counts of a multinomial": '''
@@ -1191,24 +1370,39 @@ def multi_bootstrap(a, b, level=LEVEL, seed=0):
     means = np.sort((times * (a - b)).sum(0) / n)
     cut = (1 - level) / 2 * (R - 1)
     return float(means[math.floor(cut)]), float(means[math.ceil(R - 1 - cut)])
+''', "numpy's numbers and a list": '''
+def resampled_scores(score, *columns, resamples, seed):
+    columns = list(map(np.asarray, columns))
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(columns[0]), size=(resamples, len(columns[0])))
+    return [score(*(column[rows] for column in columns)) for rows in draws]
+
+
+def multi_bootstrap(a, b, level=LEVEL, seed=0):
+    if len(a) == 1:
+        return np.nan, np.nan
+    rows = np.random.default_rng(seed).integers(len(a), size=a.shape)
+    means = np.take_along_axis(a - b, rows, 0).mean(0)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return low, high
 '''}, [
-    ("seeds alone", "a[seeds, r] - b[seeds, r]", "a.mean(1)[seeds] - b.mean(1)[seeds]"),
-    ("examples alone", "seeds = rng.integers(0, n, size=n)", "seeds = np.arange(n)"),
-    ("a single seed a column", "seeds = rng.integers(0, n, size=n)",
-     "seeds = rng.integers(0, n, size=1)"),
-    ("the same seeds in every column", "seeds = rng.integers(0, n, size=n)",
-     "seeds = np.random.default_rng(seed).integers(0, n, size=n)"),
-    ("seeds without replacement", "rng.integers(0, n, size=n)", "rng.permutation(n)"),
-    ("each side by itself", "a[seeds, r] - b[seeds, r]",
-     "a[seeds, r] - b[rng.integers(0, n, size=n), r]"),
-    ("b minus a", "a[seeds, r] - b[seeds, r]", "b[seeds, r] - a[seeds, r]"),
+    ("seeds alone", "a[seeds, columns] - b[seeds, columns]",
+     "a.mean(1)[seeds] - b.mean(1)[seeds]"),
+    ("examples alone", "rng.integers(0, n, size=(n, R))", "np.arange(n)[:, None]"),
+    ("a single seed a column", "size=(n, R)", "size=(1, R)"),
+    ("the same seeds in every column", "size=(n, R)", "size=(n, 1)"),
+    ("seeds without replacement", "rng.integers(0, n, size=(n, R))",
+     "rng.permuted(np.arange(n)[:, None].repeat(R, 1), axis=0)"),
+    ("each side by itself", "b[seeds, columns]",
+     "b[rng.integers(0, n, size=(n, R)), columns]"),
+    ("b minus a", "a[seeds, columns] - b[seeds, columns]",
+     "b[seeds, columns] - a[seeds, columns]"),
     ("the whole error in each tail", "tail = (1 - level) / 2", "tail = 1 - level"),
     ("a fixed level", "tail = (1 - level) / 2", "tail = 0.025"),
     ("one seed has an interval", "if n == 1:", "if n == 0:"),
     ("the seed is ignored", "np.random.default_rng(seed)\n    n, R",
      "np.random.default_rng(0)\n    n, R"),
-    ("the last seed is never drawn", "seeds = rng.integers(0, n, size=n)",
-     "seeds = rng.integers(0, n - 1, size=n)"),
+    ("the last seed is never drawn", "rng.integers(0, n, ", "rng.integers(0, n - 1, "),
     ("examples without replacement", "rng.integers(0, m, size=m)", "rng.permutation(m)"),
     ("half as many examples", "rng.integers(0, m, size=m)", "rng.integers(0, m, size=m // 2)"),
     ("columns by themselves", "column[rows] for column",
@@ -1219,4 +1413,72 @@ def multi_bootstrap(a, b, level=LEVEL, seed=0):
      "rng = np.random.default_rng(0)\n    columns"),
     ("the first examples only", "rng.integers(0, m, size=m)",
      "rng.integers(0, m - m // 4, size=m)"),
+    ("a median", "np.mean(", "np.median("),
+])
+
+# --- 20: Typhoon from the task's labels -----------------------------------------------------------
+
+SOLUTIONS[20] = Solutions({"two gradients": '''
+class TaskTyphoon:
+    def learn_from_labels(self, batch):
+        words = self.context.model.bert.embeddings.word_embeddings(batch.input_ids)
+        words = words.detach().requires_grad_()
+        logits = self.probe(attention_mask=batch.attention_mask,
+                            token_type_ids=batch.token_type_ids, inputs_embeds=words)
+        loss = task_loss(logits, self.labels[batch.index])
+        gradient, *head = torch.autograd.grad(loss, [words, *self.head])
+        self.observe(batch, None, gradient)
+        for parameter, found in zip(self.head, head):
+            parameter.grad = found
+        self.head_optimizer.step()
+        self.head_optimizer.zero_grad()
+''', "everything backwards, and the encoder's gradients thrown away": '''
+from masking import embedding_saliency
+
+
+class TaskTyphoon:
+    def learn_from_labels(self, batch):
+        self.probe.zero_grad()
+        words = self.probe.bert.embeddings.word_embeddings(batch.input_ids)
+        words.retain_grad()
+        logits = self.probe(inputs_embeds=words, attention_mask=batch.attention_mask,
+                            token_type_ids=batch.token_type_ids)
+        task_loss(logits, self.labels[batch.index]).backward()
+        weight = self.probe.bert.embeddings.word_embeddings.weight
+        dot = embedding_saliency(words.grad, weight, batch.input_ids)
+        self.typhoon.accumulate(batch.input_ids, dot, batch.maskable)
+        self.head_optimizer.step()
+        self.probe.zero_grad()
+'''}, [
+    ("labels in the order of the batch", "self.labels[batch.index]",
+     "self.labels[:len(batch.index)]"),
+    ("no attention mask", "attention_mask=batch.attention_mask", "attention_mask=None"),
+    ("no token types", "token_type_ids=batch.token_type_ids", "token_type_ids=None"),
+    ("everything is masked", "self.observe(batch, None,", "self.observe(batch, batch.maskable,"),
+    ("the average hears nothing", "self.observe(batch, None, gradient)", "pass"),
+    ("the head stays as it is", "self.head_optimizer.step()", "pass"),
+    ("two steps of the head", "self.head_optimizer.step()",
+     "self.head_optimizer.step(); self.head_optimizer.step()"),
+    ("the head's gradients are left behind", "self.head_optimizer.zero_grad()", "pass"),
+    ("the head's gradients add up", "parameter.grad = found",
+     "parameter.grad = found if parameter.grad is None else parameter.grad + found",
+     "self.head_optimizer.zero_grad()", "self.kept = [p.grad for p in self.head]\n"
+     "        for p in self.head:\n            p.grad = None",
+     "for parameter, found", "for p, g in zip(self.head, getattr(self, 'kept', [])):\n"
+     "            p.grad = g\n        for parameter, found"),
+    ("a sum over the texts", "task_loss(logits, self.labels[batch.index])",
+     "task_loss(logits, self.labels[batch.index]) * len(logits)"),
+    ("gradients in the encoder", "gradient, *head =",
+     "loss.backward(retain_graph=True)\n        gradient, *head ="),
+    ("the encoder learns", "self.head_optimizer.step()",
+     "self.head_optimizer.step()\n        with torch.no_grad():\n"
+     "            for p in self.probe.bert.layers.parameters():\n                p *= 0.999"),
+    ("the encoder is frozen", "words = words.detach()",
+     "self.probe.bert.layers.requires_grad_(False)\n        words = words.detach()"),
+    ("the text with masks", "word_embeddings(batch.input_ids)",
+     "word_embeddings(batch.input_ids.masked_fill(batch.maskable, self.context.mask_token_id))"),
+    ("always classes", "task_loss(logits, self.labels[batch.index])",
+     "F.cross_entropy(logits, self.labels[batch.index].long())"),
+    ("the gradient's sign", "self.observe(batch, None, gradient)",
+     "self.observe(batch, None, -gradient)"),
 ])

@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,19 +23,48 @@ import masking
 import model
 import stats
 import train
-from test_public import (MASK, attention, block, exercise, follows_generator, generator, half_of,
-                         hidden_states, likely, near, raises, randomised, rows, self_entropy,
-                         sentence_of_words, small_batch, small_config, small_mlm, small_trainer,
-                         typhoon_with)
+from test_public import (MASK, as_mask, attention, block, corrupt, exercise, follows_generator,
+                         generator, half_of, hidden_states, likely, near, plain, raises, randomised,
+                         rows, same, self_entropy, sentence_of_words, small_batch, small_config,
+                         small_mlm, small_task, small_trainer, typhoon_with)
 
 
 def check(subject, got, expected, mistakes, otherwise, tolerance=1e-4):
-    """Fails with the mistake whose value the result has, or with `otherwise` where it has none of
-    these values nor the expected one. mistakes: sentence -> value."""
-    for mistake, value in mistakes.items():
-        if not near(value, expected, tolerance):  # on this input the mistake shows
-            assert not near(got, value, tolerance), f"{subject}: {mistake}"
-    assert near(got, expected, tolerance), f"{subject}: {otherwise}"
+    """Fails where the result is not the expected one, and names the mistake whose value it has; the
+    nearest, where several come close. mistakes: sentence -> value, or a function that makes it."""
+    got, expected = plain(got), plain(expected)
+    if near(got, expected, tolerance / 100):
+        return
+    mistakes = {words: value() if callable(value) else value for words, value in mistakes.items()}
+
+    def off(value):
+        value = plain(value)
+        return (got - value).abs().max().item() if value.shape == got.shape else math.inf
+
+    # What this input does not tell from the right result is no candidate.
+    told = {words: value for words, value in mistakes.items()
+            if near(got, value, tolerance) and not near(value, expected, tolerance / 10)}
+    likeliest = min(told, key=lambda words: off(told[words]), default=None)
+    assert likeliest is None or off(expected) <= 2 * off(told[likeliest]), \
+        f"{subject}: {likeliest}"
+    if not near(got, expected, tolerance):
+        factor = 0.0
+        if got.shape == expected.shape and got.numel() > 3:
+            factor = ((got * expected).sum() / (expected * expected).sum()).item()
+        multiple = near(got, factor * expected, tolerance) and abs(factor) > tolerance
+        times = f" (it is {factor:.4g} times the right result)" if multiple else ""
+        raise AssertionError(f"{subject}: {otherwise}{times}")
+
+
+def same_gradients(subject, got, expected, tensors):
+    """Checks that a result passes the same gradients on to `tensors` as the formula does."""
+    assert got.requires_grad, f"{subject}: the result has no gradient: is something detached?"
+    draws = torch.randn(got.shape, generator=generator(8)).to(got.dtype)
+    found, right = (torch.autograd.grad((result * draws).sum(), tensors, allow_unused=True)
+                    for result in (got, expected))
+    for one, other in zip(found, right):
+        assert one is not None and near(one, other, 1e-3), \
+            f"{subject}: the result is right and its gradient is not: is something detached?"
 
 
 # --- 1: the budget and random masking -------------------------------------------------------------
@@ -43,7 +73,7 @@ def check(subject, got, expected, mistakes, otherwise, tolerance=1e-4):
 def test_the_mean_of_the_budget_is_the_rate():
     for length in (1, 3, 10, 13):
         maskable = rows(length, width=20).repeat(5000, 1)
-        k = masking.budget(maskable, 0.15, generator(length)).double()
+        k = plain(masking.budget(maskable, 0.15, generator(length)))
         up = k.mean() - math.floor(0.15 * length)
         assert likely(up, 0.15 * length - math.floor(0.15 * length), 5000), \
             f"budget: its mean for rows of {length} tokens is {k.mean():.3f}, not rate × count = " \
@@ -52,7 +82,7 @@ def test_the_mean_of_the_budget_is_the_rate():
 
 @exercise(1)
 def test_a_whole_budget_is_left_alone():
-    k = masking.budget(rows(8, 16, width=20).repeat(2000, 1), 0.25, generator())
+    k = plain(masking.budget(rows(8, 16, width=20).repeat(2000, 1), 0.25, generator()))
     assert (k.reshape(-1, 2) == torch.tensor([2, 4])).all(), \
         "budget: where rate × count is a whole number, k must be that number"
 
@@ -63,7 +93,7 @@ def test_top_k_is_a_sort():
     maskable = torch.rand(60, 15, generator=generator(1)) < 0.6
     scores[~maskable] += 9  # tempting
     k = torch.randint(0, 15, (60,), generator=generator(2))
-    got = masking.top_k(scores, maskable, k)
+    got = as_mask(masking.top_k(scores, maskable, k), maskable, "top_k")
     assert not (got & ~maskable).any(), "top_k: it chooses a position that is not maskable"
     for row in range(60):
         there = maskable[row].nonzero()[:, 0].tolist()
@@ -73,9 +103,21 @@ def test_top_k_is_a_sort():
 
 
 @exercise(1)
+def test_equal_scores_share_the_budget():
+    scores = torch.tensor([[2.0, 1, 2, 2, 1, 2, 2, 9], [0.0] * 8]).repeat_interleave(9, 0)
+    maskable, k = rows(7, width=8).repeat(18, 1), torch.arange(9).repeat(2)
+    got = as_mask(masking.top_k(scores, maskable, k), maskable, "top_k")
+    assert same(got.sum(1), k.clamp(max=7)), \
+        "top_k: where scores are equal it takes more or fewer than k"
+    best = got & (scores == 2)
+    assert same(best[:9].sum(1), k[:9].clamp(max=5)), \
+        "top_k: where scores are equal it takes lower ones before they are used up"
+
+
+@exercise(1)
 def test_every_set_of_positions_is_equally_likely():
     maskable = torch.tensor([[True, False, True, True, True]]).repeat(5000, 1)
-    mask = masking.random_mask(maskable, 0.5, generator())
+    mask = as_mask(masking.random_mask(maskable, 0.5, generator()), maskable, "random_mask")
     assert (mask.sum(1) == 2).all(), "random_mask: 4 tokens at rate 0.5 must have 2 masked " \
         "(k positions without replacement, not a coin for each)"
     there = (0, 2, 3, 4)
@@ -102,8 +144,7 @@ def test_shares_of_the_three_fates():
     n, special = int(mask.sum()), (0, 1, 2, 3, 4)
     for split in ((0.8, 0.1, 0.1), (0.5, 0.4, 0.1)):
         given = {} if split == (0.8, 0.1, 0.1) else {"split": split}  # that is the default
-        got, labels = masking.corrupt(ids, mask, 4, 40, generator=generator(1), special_ids=special,
-                                      **given)
+        got, _ = corrupt(ids, mask, 4, 40, generator=generator(1), special_ids=special, **given)
         words = 35  # a random word is the original one now and then
         masked, kept = (got[mask] == 4).sum() / n, (got[mask] == ids[mask]).sum() / n
         assert likely(masked, split[0], n), \
@@ -116,8 +157,8 @@ def test_shares_of_the_three_fates():
 @exercise(2)
 def test_a_random_word_is_any_ordinary_one():
     ids, special = torch.full((300, 200), 18), (0, 1, 2, 3, 4, 17, 39)
-    got, _ = masking.corrupt(ids, torch.ones_like(ids, dtype=torch.bool), 4, 40, (0, 1, 0),
-                             generator(2), special)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    got, _ = corrupt(ids, everything, 4, 40, (0, 1, 0), generator(2), special)
     share = torch.bincount(got.flatten(), minlength=40)[:40] / got.numel()
     assert share[list(special)].sum() == 0, "corrupt: a random token may be a special one"
     ordinary = [i for i in range(40) if i not in special]
@@ -131,12 +172,26 @@ def test_a_random_word_is_any_ordinary_one():
 def test_corruption_follows_its_generator_and_masks_each_position_by_itself():
     ids = torch.randint(10, 40, (300, 40), generator=generator())
     mask = torch.ones_like(ids, dtype=torch.bool)
-    follows_generator(lambda g: masking.corrupt(ids, mask, 4, 40, generator=g)[0])
-    follows_generator(lambda g: masking.corrupt(ids, mask, 4, 40, (0, 1, 0), generator=g)[0])
-    got, labels = masking.corrupt(ids, mask, 4, 40, (0.5, 0, 0.5), generator())
+    follows_generator(lambda g: corrupt(ids, mask, 4, 40, generator=g)[0])
+    follows_generator(lambda g: corrupt(ids, mask, 4, 40, (0, 1, 0), generator=g)[0])
+    got, labels = corrupt(ids, mask, 4, 40, (0.5, 0, 0.5), generator())
     both = ((got[:, 0::2] == 4) & (got[:, 1::2] == 4)).double().mean()
     assert likely(both, 0.25, 2500), "corrupt: the fates of positions are not independent"
     assert torch.equal(labels, ids), "corrupt: labels are not the original tokens"
+
+
+@exercise(2)
+def test_each_fate_is_drawn_by_itself_however_few_there_are():
+    ids, g = torch.full((1, 6), 20), generator(3)
+    for masked, split, words in ((1, (0.8, 0.1, 0.1), "a lone masked token becomes [MASK]"),
+                                 (2, (0.5, 0.25, 0.25), "both of two masked tokens become [MASK]")):
+        mask = rows(masked, width=6)
+        all_of_them = [(corrupt(ids, mask, 4, 40, split, g)[0][mask] == 4).all().item()
+                       for _ in range(600)]
+        share, expected = sum(all_of_them) / 600, split[0] ** masked
+        assert likely(share, expected, 600), \
+            f"corrupt: {words} in {share:.2f} of the calls, not in {expected:.2f}: " \
+            "the shares are probabilities of each token, not numbers of tokens"
 
 
 # --- 3: attention ---------------------------------------------------------------------------------
@@ -170,17 +225,24 @@ def test_attention_is_the_formula():
     named = {"swapped": "queries and keys are swapped", "no scale": "the scores lack the 1 / √d",
              "√H": "the scores are divided by √H: d is the width of one head",
              "d": "the scores are divided by d, not by √d"}
-    for mistake, words in named.items():
-        assert not near(got, attention_by_hand(layer, hidden, None, mistake), 1e-3), \
-            f"attention: {words}"
     uniform = attention()
     uniform.query.weight[:], uniform.query.bias[:] = 0, 0  # every query reads all keys alike
     mean = uniform.output(uniform.value(hidden).mean(1, keepdim=True))
     assert near(uniform(hidden, hidden), mean.expand(2, 5, 12), 1e-4), \
         "attention: with equal scores the result is not the mean of the values: heads are put " \
         "together in another order than they were taken apart, or values are mixed wrongly"
-    assert near(got, attention_by_hand(layer, hidden), 1e-4), \
-        "attention: not softmax(Q Kᵀ / √d) V in each head"
+    mistakes = {words: attention_by_hand(layer, hidden, None, mistake)
+                for mistake, words in named.items()}
+    check("attention", got, attention_by_hand(layer, hidden), mistakes,
+          "not softmax(Q Kᵀ / √d) V in each head")
+
+
+@exercise(3)
+def test_gradients_flow_through_attention():
+    layer, hidden = attention(), hidden_states(2, 5, 12).requires_grad_()
+    key_mask = rows(5, 3).view(2, 1, 1, 5)
+    same_gradients("attention", layer(hidden, hidden, key_mask),
+                   attention_by_hand(layer, hidden, key_mask), [hidden, *layer.parameters()])
 
 
 @exercise(3)
@@ -256,9 +318,15 @@ def test_the_block_is_the_formula():
              "one norm": "attention_norm stands in output_norm's place",
              "relu": "the feed-forward has a ReLU, not GELU",
              "tanh": "GELU is the tanh approximation; BERT's is exact"}
-    for mistake, words in named.items():
-        assert not near(got, block_by_hand(layer, hidden, mistake), 1e-5), f"block: {words}"
-    assert near(got, block_by_hand(layer, hidden), 1e-4), "block: not the post-LayerNorm formula"
+    mistakes = {words: block_by_hand(layer, hidden, mistake) for mistake, words in named.items()}
+    check("block", got, block_by_hand(layer, hidden), mistakes, "not the post-LayerNorm formula")
+
+
+@exercise(4)
+def test_gradients_flow_through_the_block():
+    layer, hidden = block(), hidden_states(2, 5, 12).requires_grad_()
+    same_gradients("block", layer(hidden), block_by_hand(layer, hidden),
+                   [hidden, *layer.parameters()])
 
 
 @exercise(4)
@@ -325,10 +393,10 @@ def test_the_head_is_the_formula():
                  "LayerNorm is left out": variant(F.gelu(dense)),
                  "the dense layer is left out": variant(head.norm(F.gelu(hidden))),
                  "the activation is left out": variant(head.norm(dense)),
-                 "the bias of each word is left out": head.norm(F.gelu(dense)) @ words.T}
-        for mistake, logits in named.items():
-            assert not near(got, logits, 1e-5), f"head: {mistake}"
-        assert near(got, variant(head.norm(F.gelu(dense))), 1e-4), "head: not the formula"
+                 "the bias of each word is left out": head.norm(F.gelu(dense)) @ words.T,
+                 "the products are divided by √H: that belongs into attention":
+                     head.norm(F.gelu(dense)) @ words.T / math.sqrt(12) + head.bias}
+        check("head", got, variant(head.norm(F.gelu(dense))), named, "not the formula")
 
 
 @exercise(5)
@@ -338,13 +406,12 @@ def test_the_head_runs_on_the_chosen_rows_alone():
     mlm.head.dense.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0].shape))
     ids = torch.randint(5, 40, (3, 8), generator=generator())
     positions = torch.rand(3, 8, generator=generator(1)) < 0.3
-    mlm(ids, positions=positions)
+    got = mlm(ids, positions=model.query_positions(positions))
     assert [math.prod(shape[:-1]) for shape in seen] == [int(positions.sum())], \
         "head: it runs on other rows than the chosen ones"
-    empty = mlm(ids, positions=torch.zeros_like(positions))
+    assert near(got, mlm(ids)[positions], 1e-4), "head: the rows are not full_logits[mask]"
+    empty = mlm(ids, positions=model.query_positions(torch.zeros_like(positions)))
     assert empty.shape == (0, 40), "head: where no position is chosen, logits are not (0, V)"
-    got = mlm(ids, positions=model.query_positions(positions))
-    assert near(got, mlm(ids)[positions]), "head: query_positions(mask) is not taken as the mask is"
 
 
 @exercise(5)
@@ -353,19 +420,31 @@ def test_the_encoder_is_given_all_its_inputs():
     mlm = small_mlm()
     ids, mask = torch.randint(5, 40, (3, 8), generator=generator()), rows(8, 5, 6)
     types = torch.randint(0, 2, (3, 8), generator=generator(2))
-    positions = (torch.rand(3, 8, generator=generator(1)) < 0.4) & mask
-    full = mlm(ids, mask, types)
-    assert near(full, mlm.logits(mlm.bert(ids, mask, types)), 1e-4), \
-        "head: without positions the logits are not those of the encoder's output"
+    chosen = (torch.rand(3, 8, generator=generator(1)) < 0.4) & mask
+    positions, full = model.query_positions(chosen), mlm(ids, mask, types)
     assert not near(mlm(ids, mask, types, positions=positions),
                     mlm(ids, None, types, positions=positions)), "head: attention_mask is lost"
     assert not near(mlm(ids, mask, types, positions=positions),
                     mlm(ids, mask, positions=positions)), "head: token_type_ids are lost"
-    assert near(mlm(ids, mask, types, positions=positions), full[positions], 1e-4), \
-        "head: with positions the logits are not full_logits[positions]"
+    assert near(full, mlm.logits(mlm.bert(ids, mask, types)), 1e-4), \
+        "head: without positions the logits are not those of the encoder's output"
+    assert near(mlm(ids, mask, types, positions=positions), full[chosen], 1e-4), \
+        "head: with positions the logits are not full_logits[mask]"
     words = mlm.bert.embeddings.word_embeddings(ids)
-    assert near(mlm(None, mask, types, words, positions), full[positions], 1e-4), \
+    assert near(mlm(None, mask, types, words, positions), full[chosen], 1e-4), \
         "head: inputs_embeds are lost"
+
+
+@exercise(5)
+def test_gradients_flow_through_the_head():
+    mlm, ids = small_mlm(), torch.randint(5, 40, (2, 6), generator=generator())
+    head, words = mlm.head, mlm.bert.embeddings.word_embeddings.weight
+    positions = half_of(small_batch(4, 4))
+    for chosen in (None, positions):
+        hidden = mlm.bert(ids) if chosen is None else mlm.bert(ids)[chosen]
+        right = head.norm(F.gelu(head.dense(hidden))) @ words.T + head.bias
+        queries = None if chosen is None else model.query_positions(chosen)
+        same_gradients("head", mlm(ids, positions=queries), right, list(mlm.parameters()))
 
 
 # --- 6: whole-word masking ------------------------------------------------------------------------
@@ -378,26 +457,28 @@ def test_whole_words_follow_their_generator():
 
 @exercise(6)
 def test_every_pair_of_words_is_equally_likely():
-    maskable, continuation = sentence_of_words(3000)
+    maskable, continuation = sentence_of_words(1500)
     mask = masking.whole_word_mask(maskable, continuation, 0.4, generator())
+    mask = as_mask(mask, maskable, "whole-word")
     assert torch.equal(mask[:, 1], mask[:, 2]) and torch.equal(mask[:, 5], mask[:, 7]), \
         "whole-word: it splits a word"
     first = mask[:, [1, 3, 4, 5, 8]]  # words of 2, 1, 1, 3, 1 pieces
     share = first.double().mean(0)
-    assert likely(share, 0.4, 3000), \
+    assert likely(share, 0.4, 1500), \
         "whole-word: words are not equally likely: of 2, 1, 1, 3 and " \
         f"1 pieces, they are masked in {', '.join(f'{x:.3f}' for x in share)} of the draws, not 0.4"
     for pair in itertools.combinations(range(5), 2):
-        assert likely(first[:, pair].all(1).double().mean(), 0.1, 3000), \
+        assert likely(first[:, pair].all(1).double().mean(), 0.1, 1500), \
             "whole-word: words are not drawn uniformly without replacement"
 
 
 @exercise(6)
 def test_the_number_of_words_is_right_on_average():
-    maskable, continuation = sentence_of_words(3000)
-    words = masking.whole_word_mask(maskable, continuation, 0.15, generator())[:, [1, 3, 4, 5, 8]]
+    maskable, continuation = sentence_of_words(1500)
+    mask = masking.whole_word_mask(maskable, continuation, 0.15, generator())
+    words = as_mask(mask, maskable, "whole-word")[:, [1, 3, 4, 5, 8]]
     share = words.double().mean()
-    assert likely(share * 5, 0.75, 3000), f"whole-word: {share:.3f} of the words are masked, not " \
+    assert likely(share * 5, 0.75, 1500), f"whole-word: {share:.3f} of the words are masked, not " \
         "the rate 0.15: round the number of words up or down at random, for each row by itself"
     assert (words.sum(1) <= 1).all(), "whole-word: 0.75 words are not rounded up or down"
 
@@ -406,13 +487,14 @@ def test_the_number_of_words_is_right_on_average():
 def test_where_words_begin():
     maskable = torch.tensor([[False, True, True, False, True, True]]).repeat(600, 1)
     continuation = torch.tensor([[False, True, True, False, True, False]]).repeat(600, 1)
-    mask = masking.whole_word_mask(maskable, continuation, 1 / 3, generator())
+    mask = as_mask(masking.whole_word_mask(maskable, continuation, 1 / 3, generator()), maskable,
+                   "whole-word")
     seen = {"".join("x" if x else "." for x in row) for row in mask.tolist()}
     assert seen <= {".xx...", "....x.", ".....x"}, \
         "whole-word: a piece after a special token must begin a word, whatever it looks like"
     assert len(seen) == 3, "whole-word: some word is never chosen"
     first = torch.ones(600, 3, dtype=torch.bool)  # no special token in front, and nothing else
-    mask = masking.whole_word_mask(first, first, 0.5, generator())
+    mask = as_mask(masking.whole_word_mask(first, first, 0.5, generator()), first, "whole-word")
     assert {tuple(row) for row in mask.tolist()} == {(False,) * 3, (True,) * 3}, \
         "whole-word: the first token of a row must begin a word"
     empty = torch.zeros(2, 5, dtype=torch.bool)
@@ -426,18 +508,18 @@ def test_where_words_begin():
 def test_entropy_is_torch_distributions_entropy():
     logits = torch.randn(4, 5, 200, generator=generator()) * 4
     expected = torch.distributions.Categorical(logits=logits).entropy()
-    got = masking.token_entropy(logits)
+    got = plain(masking.token_entropy(logits))
     assert got.shape == (4, 5), f"entropy: (4, 5, V) logits give {tuple(got.shape)}"
-    assert not near(got, expected / math.log(2), 1e-3), "entropy: bits, not nats"
-    assert not near(got, -expected, 1e-3), "entropy: the sign is wrong"
-    assert not near(got, expected / 200, 1e-3), "entropy: a mean over the words, not their sum"
-    assert near(got, expected, 1e-4), "entropy: not −Σ p ln p over the last axis"
+    check("entropy", got, expected, {
+        "bits, not nats": expected / math.log(2), "the sign is wrong": -expected,
+        "a mean over the words, not their sum": expected / 200},
+        "not −Σ p ln p over the last axis")
 
 
 @exercise(7)
 def test_entropy_of_extreme_logits():
     logits = torch.tensor([[0.0, 0.0, -math.inf], [1e4, 1e4, -1e4], [1e4, 0, 0]])
-    got = masking.token_entropy(logits)
+    got = plain(masking.token_entropy(logits))
     assert not got.isnan().any(), "entropy: nan where a probability is 0 (0 · ln 0 counts as 0)"
     assert near(got, [math.log(2), math.log(2), 0], 1e-5), \
         "entropy: large logits overflow, or words of probability 0 count"
@@ -446,7 +528,7 @@ def test_entropy_of_extreme_logits():
         "entropy: bfloat16 logits are not converted to float32 first"
 
 
-# --- 8: the four selections -----------------------------------------------------------------------
+# --- 8: the five selections -----------------------------------------------------------------------
 
 @exercise(8)
 def test_high_and_low_are_the_extremes():
@@ -456,12 +538,31 @@ def test_high_and_low_are_the_extremes():
     for select, sign in (("high", 1), ("low", -1)):
         tempting = entropy.masked_fill(~maskable, 9.0 * sign)
         got = masking.select_positions(tempting, maskable, k, select)
+        got = as_mask(got, maskable, f"selections: {select}")
         assert not (got & ~maskable).any(), f"selections: {select} takes what is not maskable"
         for row in range(60):
             there = maskable[row].nonzero()[:, 0].tolist()
             best = sorted(there, key=lambda i: -sign * entropy[row, i])[:k[row]]
             assert got[row].nonzero()[:, 0].tolist() == sorted(best), \
                 f"selections: {select} does not take the k {select}est entropies"
+
+
+@exercise(8)
+def test_middle_is_nearest_the_median():
+    entropy = torch.rand(60, 12, generator=generator()) ** 3
+    maskable = torch.rand(60, 12, generator=generator(1)) < 0.7
+    k = torch.randint(0, 10, (60,), generator=generator(2))
+    got = masking.select_positions(entropy, maskable, k, "middle")
+    got = as_mask(got, maskable, "selections: middle")
+    assert not (got & ~maskable).any(), "selections: middle takes what is not maskable"
+    for row in range(60):
+        there = entropy[row][maskable[row]]
+        assert got[row].sum() == min(len(there), k[row]), "selections: middle does not take k"
+        if 0 < k[row] < len(there):
+            off = (entropy[row] - float(np.median(there.numpy()))).abs()
+            assert off[got[row]].max() <= off[maskable[row] & ~got[row]].min() + 1e-6, \
+                "selections: middle does not take the k nearest the median of the row's maskable " \
+                "positions"
 
 
 @exercise(8)
@@ -479,6 +580,7 @@ def test_sample_with_entropies_of_zero():
     for seed in range(30):
         k = torch.tensor([3, 2])
         got = masking.select_positions(entropy, maskable, k, "sample", generator(seed))
+        got = as_mask(got, maskable, "selections: sample")
         assert got.sum(1).tolist() == [3, 2] and not got[:, 3].any(), \
             "selections: sample does not spend the budget where entropies are 0"
         assert got[0, 1] and got[0, 4], "selections: sample takes an entropy of 0 before others"
@@ -486,21 +588,24 @@ def test_sample_with_entropies_of_zero():
 
 @exercise(8)
 def test_mixed_is_half_the_highest_and_half_anyone():
-    entropy, maskable = torch.arange(10.0).repeat(3000, 1), rows(9, width=10).repeat(3000, 1)
-    got = masking.select_positions(entropy, maskable, torch.full((3000,), 4), "mixed", generator())
+    entropy, maskable = torch.arange(10.0).repeat(1500, 1), rows(9, width=10).repeat(1500, 1)
+    def mixed(entropy, maskable, k):
+        got = masking.select_positions(entropy, maskable, k, "mixed", generator())
+        return as_mask(got, maskable, "selections: mixed")
+
+    got = mixed(entropy, maskable, torch.full((1500,), 4))
     assert (got.sum(1) == 4).all(), \
         "selections: mixed does not take k positions: its random half " \
         "may fall on the positions that are taken already"
     assert got[:, 7:9].all(), "selections: mixed does not take the k/2 most uncertain"
     share = got[:, :7].double().mean(0)
-    assert likely(share, 2 / 7, 3000), \
+    assert likely(share, 2 / 7, 1500), \
         "selections: mixed's second half is not uniform over the rest"
     pair = got[:, :2].all(1).double().mean()
-    assert likely(pair, 1 / 21, 3000), "selections: mixed's second half is not drawn independently"
-    odd = masking.select_positions(entropy, maskable, torch.full((3000,), 5), "mixed", generator())
+    assert likely(pair, 1 / 21, 1500), "selections: mixed's second half is not drawn independently"
+    odd = mixed(entropy, maskable, torch.full((1500,), 5))
     assert (odd.sum(1) == 5).all() and odd[:, 7:9].all(), "selections: mixed loses one of an odd k"
-    short = masking.select_positions(entropy[:2], rows(3, 0, width=10), torch.tensor([5, 2]),
-                                     "mixed")
+    short = mixed(entropy[:2], rows(3, 0, width=10), torch.tensor([5, 2]))
     assert short.sum(1).tolist() == [3, 0], "selections: mixed in a row with fewer than k tokens"
 
 
@@ -520,12 +625,13 @@ def chances(weights, draws):
 
 @exercise(8)
 def test_sample_draws_each_time_in_proportion_to_what_is_left():
-    H, n = [0.5, 1.0, 2.0, 4.0], 3000
+    H, n = [0.5, 1.0, 2.0, 4.0], 1500
     entropy = torch.tensor([9.0, *H]).repeat(n, 1)
     maskable = torch.tensor([False, True, True, True, True]).repeat(n, 1)
     for draws in (1, 2, 3):
         k = torch.full((n,), draws)
         got = masking.select_positions(entropy, maskable, k, "sample", generator(draws))
+        got = as_mask(got, maskable, "selections: sample")
         assert not got[:, 0].any(), "selections: sample takes what is not maskable"
         assert (got.sum(1) == draws).all(), "selections: sample takes more or fewer than k"
         for chosen, probability in chances(H, draws).items():
@@ -537,7 +643,7 @@ def test_sample_draws_each_time_in_proportion_to_what_is_left():
                 "proportion to the entropies that are left"
 
 
-# --- 9: hidden entropy ----------------------------------------------------------------------------
+# --- 9: masked entropy ----------------------------------------------------------------------------
 
 @contextmanager
 def texts_read(mlm):
@@ -577,44 +683,44 @@ def test_every_position_is_hidden_once():
     for lengths, rate, groups in (((16, 16, 16), 0.3, 4), ((14, 9, 12), 0.5, 2)):
         batch = small_batch(*lengths)
         with texts_read(mlm) as seen:
-            got = masking.hidden_entropy(mlm, batch, rate, MASK, generator())
+            got = plain(masking.masked_entropy(mlm, batch, rate, MASK, generator()))
         assert not any((ids[~batch.maskable.any(0)] == MASK).any() for ids in seen), \
-            "hidden entropy: it masks a special token"
+            "masked entropy: it masks a special token"
         for row, read in enumerate(versions(batch, seen)):
             none = torch.zeros_like(batch.maskable[0])
             hidden = torch.stack([*(ids == MASK for ids in read), none])
-            assert hidden.any(), "hidden entropy: no position is hidden from the model"
-            assert len(read) == groups, f"hidden entropy: at rate {rate} a text is read " \
+            assert hidden.any(), "masked entropy: no position is hidden from the model"
+            assert len(read) == groups, f"masked entropy: at rate {rate} a text is read " \
                 f"{len(read)} times, not ⌈1/rate⌉ = {groups}"
             times = hidden.sum(0)
             assert not (times > batch.maskable[row]).any(), \
-                "hidden entropy: a position is hidden in more than one pass, or not maskable"
+                "masked entropy: a position is hidden in more than one pass, or not maskable"
             assert torch.equal(times.bool(), batch.maskable[row]), \
-                "hidden entropy: a maskable position is never hidden"
+                "masked entropy: a maskable position is never hidden"
             sizes = hidden[:-1].sum(1)
-            assert sizes.max() - sizes.min() <= 1, "hidden entropy: a text's groups have " \
+            assert sizes.max() - sizes.min() <= 1, "masked entropy: a text's groups have " \
                 f"{sizes.tolist()} positions: they must be as equal as can be"
             for ids in read:
                 there = ids == MASK
                 assert near(got[row][there], entropy_alone(mlm, batch, row, ids)[there], 1e-3), \
-                    "hidden entropy: not the entropy at the positions that are hidden in that " \
+                    "masked entropy: not the entropy at the positions that are hidden in that " \
                     "pass (padding seen? dropout on?)"
-    assert mlm.training, "hidden entropy: the model is left in evaluation mode"
+    assert mlm.training, "masked entropy: the model is left in evaluation mode"
 
 
 @exercise(9)
 def test_groups_are_dealt_at_random():
     mlm, batch = small_mlm(num_hidden_layers=1), small_batch(*[12] * 1000)
     with texts_read(mlm) as seen:
-        got = masking.hidden_entropy(mlm, batch, 0.25, MASK, generator())
-    assert not got.requires_grad, "hidden entropy: the result has a gradient"
+        got = masking.masked_entropy(mlm, batch, 0.25, MASK, generator())
+    assert not getattr(got, "requires_grad", False), "masked entropy: the result has a gradient"
     hidden = torch.stack(seen) == MASK  # 12 positions, 4 groups: two share one in 2 of 11 cases
     for i, j in ((1, 2), (1, 5), (4, 12)):
         share = (hidden[:, i] & hidden[:, j]).sum() / 1000
         assert likely(share, 2 / 11, 1000), \
-            "hidden entropy: positions are not dealt into the groups at random, for each text anew"
+            "masked entropy: positions are not dealt into the groups at random, for each text anew"
     few = small_batch(12, 12)
-    follows_generator(lambda g: masking.hidden_entropy(mlm, few, 0.3, MASK, g))
+    follows_generator(lambda g: masking.masked_entropy(mlm, few, 0.3, MASK, g))
 
 
 # --- 10: self-entropy -----------------------------------------------------------------------------
@@ -622,11 +728,11 @@ def test_groups_are_dealt_at_random():
 @exercise(10)
 @torch.no_grad()
 def test_the_most_uncertain_of_twice_as_many():
-    mlm, batch = small_mlm(hidden_dropout_prob=0.5).train(), small_batch(12, 16, 8)
+    mlm, batch = small_mlm(hidden_dropout_prob=0.5).train(), small_batch(13, 16, 6)
     for select, sign in (("high", 1), ("low", -1)):
         strategy, original = self_entropy(mlm, 0.25, entropy_select=select), batch.input_ids.clone()
         with texts_read(mlm) as seen:
-            mask = strategy.mask(batch, generator())
+            mask = as_mask(strategy.mask(batch, generator()), batch.maskable, "self-entropy")
         assert torch.equal(batch.input_ids, original), "self-entropy: it changes the batch in place"
         assert len(seen) == 3, f"self-entropy: the model reads {len(seen)} texts, not each once"
         for row, ids in enumerate(seen):
@@ -652,6 +758,7 @@ def test_visible_entropies_are_read_off_the_text_as_it_is():
     mlm, batch = small_mlm().train(), small_batch(12, 16, 8)
     with texts_read(mlm) as seen:
         mask = self_entropy(mlm, 0.25, entropy_input="visible").mask(batch, generator())
+        mask = as_mask(mask, batch.maskable, "self-entropy")
     assert torch.equal(torch.stack(seen), batch.input_ids), \
         "self-entropy: with entropy_input visible the model must read each text as it is, once"
     for row, ids in enumerate(seen):
@@ -665,19 +772,21 @@ def test_candidates_are_drawn_uniformly():
     mlm, batch = small_mlm(num_hidden_layers=1), small_batch(*[8] * 2000)
     with texts_read(mlm) as seen:
         mask = self_entropy(mlm, 0.25).mask(batch, generator())
-    assert not mask.requires_grad and all(p.grad is None for p in mlm.parameters()), \
+    assert all(p.grad is None for p in mlm.parameters()), \
         "self-entropy: gradients are left behind"
     candidates = torch.stack(seen) == MASK  # 4 of 8
     for i, j in ((1, 2), (3, 8)):
         assert likely(candidates[:, i].double().mean(), 1 / 2, 2000) \
             and likely((candidates[:, i] & candidates[:, j]).double().mean(), 3 / 14, 2000), \
             "self-entropy: the candidates are not drawn uniformly, for each text by itself"
-    short = small_batch(*[3] * 2000)
-    share = self_entropy(mlm, 0.15).mask(short, generator()).sum() / 2000
-    assert likely(share, 0.45, 2000), \
-        f"self-entropy: of 3 tokens at rate 0.15 it masks {share:.3f} on average, not 0.45"
+    for tokens, rate in ((3, 0.15), (1, 0.3)):
+        short = small_batch(*[tokens] * 2000)
+        share = plain(self_entropy(mlm, rate).mask(short, generator())).sum() / 2000
+        assert likely(share, rate * tokens, 2000), f"self-entropy: of {tokens} tokens at rate " \
+            f"{rate} it masks {share:.3f} on average, not {rate * tokens:.2f}: k is drawn once, " \
+            "and may be 0"
     crowded = small_batch(10, 10)
-    assert self_entropy(mlm, 0.6).mask(crowded, generator()).sum(1).tolist() == [6, 6], \
+    assert same(plain(self_entropy(mlm, 0.6).mask(crowded, generator())).sum(1), [6, 6]), \
         "self-entropy: where 2k is more than a text has, it does not spend the budget"
     few = small_batch(12, 12)
     follows_generator(lambda g: self_entropy(mlm, 0.25).mask(few, g))
@@ -729,7 +838,7 @@ def test_kd_loss_stays_finite_and_exact():
     z_s = torch.tensor([[200.0, 0, -200], [0, 400, 0]])
     z_t = torch.tensor([[0.0, 300, 0], [0, 99, 0]])
     got = distill.kd_loss(z_s, z_t, labels, 0.5, 1.0)
-    assert got.isfinite(), "kd_loss: it overflows at large logits: use log_softmax"
+    assert plain(got).isfinite(), "kd_loss: it overflows at large logits: use log_softmax"
     assert near(got, 0.5 * 200 / 2, 1e-3), "kd_loss: wrong at large logits, where exp overflows " \
         "or probabilities are 0"
     g = generator(4)
@@ -737,12 +846,14 @@ def test_kd_loss_stays_finite_and_exact():
     labels = torch.arange(40)
     got = distill.kd_loss(*half, labels, 0.5, 2.0)
     expected = distill.kd_loss(half[0].float(), half[1].float(), labels, 0.5, 2.0)
-    assert got.dtype != torch.bfloat16 and near(got, expected, 1e-4), \
+    assert near(got, expected, 1e-4), \
         "kd_loss: bfloat16 logits are not converted to float32 first"
-    student = z_s[:1].clone().requires_grad_()
-    distill.kd_loss(student, z_t[:1], labels[:1], 0.5, 2.0).backward()
-    assert student.grad.isfinite().all() and student.grad.any(), \
-        "kd_loss: the gradient is not finite"
+    student, teacher = z_s.clone().requires_grad_(), z_t / 100
+    log_s, log_t = (student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1)
+    right = 0.5 * 4 * kl(log_t.exp(), log_t, log_s).mean() \
+        + 0.5 * F.cross_entropy(student, labels[:2])
+    same_gradients("kd_loss", distill.kd_loss(student, teacher, labels[:2], 0.5, 2.0), right,
+                   [student])
 
 
 # --- 12: embedding saliency -----------------------------------------------------------------------
@@ -770,7 +881,8 @@ def test_saliency_is_the_gradient_at_an_explicit_one_hot():
     other = ids.flip(1)
     product = gradient * weight[other]
     got = masking.embedding_saliency(gradient, weight, other)
-    assert not got.requires_grad, "saliency: the result has a gradient: detach the embeddings"
+    assert not getattr(got, "requires_grad", False), \
+        "saliency: the result has a gradient: detach the embeddings"
     check("saliency", got, full.gather(2, other[..., None])[..., 0], {
         "the sign is turned; the class Typhoon applies the signs": -product.sum(-1),
         "the absolute value": product.sum(-1).abs(), "a mean over the width": product.mean(-1),
@@ -859,7 +971,7 @@ def test_the_average_is_the_formula():
                   for name, options in mistakes.items()}
         expected, seen = average_by_hand(steps, 6, 0.7)
         check("average", typhoon.weight, expected, values, words)
-        assert typhoon.seen.tolist() == seen, "average: the wrong types are seen"
+        assert same(typhoon.seen, seen), "average: the wrong types are seen"
 
 
 @exercise(13)
@@ -872,7 +984,7 @@ def test_seen_types_without_masks_and_empty_steps():
         typhoon.step()
     expected, seen = average_by_hand(steps, 20, 0.7)
     assert near(typhoon.weight, expected), "average: with masked None every token counts as visible"
-    assert typhoon.seen.tolist() == seen, "average: types that never occurred count as seen"
+    assert same(typhoon.seen, seen), "average: types that never occurred count as seen"
     typhoon.step()
     assert near(typhoon.weight, expected), "average: a step without tokens changes the average, " \
         "or the sums of a step are not cleared"
@@ -890,7 +1002,7 @@ def test_ranks_add_up_to_one_process():
     waiting = iter(sent)
     first.step(lambda tensor: tensor.add_(next(waiting)))
     expected, seen = average_by_hand([ours + theirs], 6, 0.7)
-    assert near(first.weight, expected) and first.seen.tolist() == seen, \
+    assert near(first.weight, expected) and same(first.seen, seen), \
         "average: data-parallel ranks do not add up: reduce sums and counts before the means"
 
 
@@ -924,20 +1036,20 @@ def test_rates_are_the_formula():
         weight = torch.where(seen, spread + mean, 0)
         typhoon = typhoon_with(weight, seen, counts, rate, 0.7)
         u, f = shape_by_hand(typhoon), typhoon.frequency
-        plain = rate / (f * u).sum() * u
-        once = plain.clamp(max=1)
-        free = plain < 1
+        uncapped = rate / (f * u).sum() * u
+        once = uncapped.clamp(max=1)
+        free = uncapped < 1
         missing = (rate - (f * once).sum()) / f[free].sum().clamp(min=1e-9)
         given = once + torch.where(free, missing, 0)
         scaled_once = torch.where(free, once * (rate - f[~free].sum()) / (f * once)[free].sum(), 1)
-        got = typhoon.rates()
+        got = plain(typhoon.rates())
         assert got.shape == (60,), f"rates: {tuple(got.shape)}, not (V,)"
 
         def variant(**options):
             return rates_by_hand(typhoon, shape_by_hand(typhoon, **options))
 
         check("rates", got, rates_by_hand(typhoon, u), {
-            "no cap at 1": plain,
+            "no cap at 1": uncapped,
             "what the cap at 1 cuts off is lost: give it back to the others": once,
             "what the cap cuts off is added evenly: the others' rates must stay proportional to u":
                 given,
@@ -955,12 +1067,13 @@ def test_rates_are_the_formula():
 
 @exercise(14)
 def test_rates_where_there_is_nothing_to_scale_by():
-    one = typhoon_with([0.0, 7.0, 0.0], [False, True, False], [5, 3, 2], 0.3, 0.4).rates()
+    one = plain(typhoon_with([0.0, 7.0, 0.0], [False, True, False], [5, 3, 2], 0.3, 0.4).rates())
     assert not one.isnan().any(), "rates: nan where one type has been seen"
     assert near(one, [0.3, 0.3, 0.3]), "rates: where one type has been seen, all have the rate"
     same = typhoon_with([2.0, 2.0, 0.0], [True, True, False], [5, 3, 2], 0.3, 0.4).rates()
     assert near(same, [0.3, 0.3, 0.3]), "rates: where all weights are equal, all have the rate"
-    absent = typhoon_with([1.0, 5.0, 2.0], [True, True, True], [5, 0, 5], 0.9, 0.9).rates()
+    absent = typhoon_with([1.0, 5.0, 2.0], [True, True, True], [5, 0, 5], 0.9, 0.9)
+    absent = plain(absent.rates())
     assert near((absent[0] + absent[2]) / 2, 0.9) and absent.max() <= 1, \
         "rates: a type that never occurs in the corpus takes a share of the budget"
 
@@ -1000,7 +1113,7 @@ def run_step(trainer, batch, mask, kd_weight, masked_in_all=None):
         total = mask.sum() if masked_in_all is None else torch.tensor(masked_in_all)
         loss = trainer.micro_step(batch, mask, total, kd_weight)
     assert len(calls) == 1, f"step: it calls corrupt {len(calls)} times, not once"
-    return loss, *calls[0]
+    return plain(loss), *calls[0]
 
 
 def loss_by_hand(trainer, batch, mask, corrupted, alpha, T=2.0, lost=(), lost_by_teacher=(),
@@ -1043,10 +1156,11 @@ def test_the_loss_of_a_step_is_the_formula():
             "step: the teacher runs at kd_weight 0, or does not run above it"
 
         def by_hand(alpha=kd_weight, T=3.0, **options):
-            return loss_by_hand(trainer, batch, mask, corrupted, alpha, T, **options).detach()
+            return partial(loss_by_hand, trainer, batch, mask, corrupted, alpha, T, **options)
 
+        expected = by_hand()()
         mistakes = {"the loss is the mean over the masked positions: return their sum":
-                    by_hand() / mask.sum(),
+                    expected / mask.sum(),
                     "the labels are not the original tokens": by_hand(relabelled=True)}
         for name in ("attention_mask", "token_type_ids"):
             mistakes[f"{name} is not passed on"] = by_hand(lost=[name], lost_by_teacher=[name])
@@ -1061,19 +1175,33 @@ def test_the_loss_of_a_step_is_the_formula():
                          "the labels do not count: α is 1": by_hand(1.0),
                          "kd_weight is the recipe's, and not the argument": by_hand(0.9),
                          "kd_weight weighs the labels, not the teacher": by_hand(1 - kd_weight)}
-        check("step", loss, by_hand(), mistakes,
+        check("step", loss, expected, mistakes,
               "the returned loss is not the sum over the masked positions")
-        assert not loss.requires_grad, "step: the returned loss keeps its graph: detach it"
     alone, batch = small_trainer()
     alone.micro_step(batch, half_of(batch), half_of(batch).sum(), 0.0)  # without any teacher
+
+
+class Ranks(torch.nn.Module):
+    """Stands in for DistributedDataParallel: notes every forward pass that will have a gradient."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.passes = module, 0
+
+    def forward(self, *inputs, **named):
+        self.passes += torch.is_grad_enabled()
+        return self.module(*inputs, **named)
 
 
 @exercise(15)
 def test_the_gradient_of_a_step():
     trainer, batch = small_trainer(kd=True)
+    trainer.parallel = Ranks(trainer.model)
     mask, parameters = half_of(batch), list(trainer.model.parameters())
     with world_of(2):
         loss, corrupted, _ = run_step(trainer, batch, mask, 0.5, masked_in_all=100)
+    assert trainer.parallel.passes == 1, "step: the model's forward pass does not go through " \
+        "self.parallel once: ranks would not average their gradients"
     assert all(p.grad is None for p in trainer.teacher.parameters()), \
         "step: the teacher has gradients"
     assert all(p.grad is not None for p in parameters), "step: some parameter has no gradient"
@@ -1108,8 +1236,8 @@ class Watching(masking.Random):
     """A strategy that notes what it is shown."""
     wants_gradient = True
 
-    def observe(self, batch, hidden, embedding_grad):
-        self.shown = getattr(self, "shown", []) + [(batch, hidden, embedding_grad)]
+    def observe(self, batch, unseen, embedding_grad):
+        self.shown = getattr(self, "shown", []) + [(batch, unseen, embedding_grad)]
 
 
 @exercise(15)
@@ -1120,12 +1248,12 @@ def test_what_the_strategy_is_shown():
         loss, corrupted, _ = run_step(trainer, batch, mask, 0.0, masked_in_all=50)
     shown = getattr(trainer.strategy, "shown", [])
     assert len(shown) == 1, f"step: observe is called {len(shown)} times, not once"
-    seen, hidden, gradient = shown[0]
+    seen, unseen, gradient = shown[0]
     assert torch.equal(seen.input_ids, batch.input_ids), "step: observe is not given the batch"
-    assert not torch.equal(hidden, mask), \
+    assert not torch.equal(unseen, mask), \
         "step: observe is given the mask: a token that corruption kept is visible"
-    assert torch.equal(hidden, corrupted != batch.input_ids), \
-        "step: `hidden` is not True exactly where the model did not see the token itself"
+    assert torch.equal(unseen, corrupted != batch.input_ids), \
+        "step: `unseen` is not True exactly where the model did not see the token itself"
     words = trainer.model.bert.embeddings.word_embeddings(corrupted).detach().requires_grad_()
     by_hand = loss_by_hand(trainer, batch, mask, None, 0.0, words=words) / 50
     expected, = torch.autograd.grad(by_hand, words)
@@ -1206,8 +1334,21 @@ def test_matthews_of_three_classes():
         "matthews: wrong where a class is predicted that no label has"
     with np.errstate(all="ignore"):
         for constant in (np.zeros(9, int), np.full(9, 2)):
-            got = glue.matthews(constant, np.arange(9) % 3), glue.matthews(constant, constant)
-            assert near(got, [0.0, 0.0]), "matthews: where one side is constant it is not 0"
+            for pair in ((constant, np.arange(9) % 3), (np.arange(9) % 3, constant),
+                         (constant, constant), (constant, constant + 1)):
+                assert near(glue.matthews(*pair), 0.0), \
+                    "matthews: where one side is constant it is not 0"
+
+
+@exercise(16)
+def test_matthews_of_many_examples():
+    for n in (1043, 200_000):  # CoLA's dev, and more than any product of counts in int64 can hold
+        labels = np.arange(n) % 3 == 0
+        predictions = labels ^ (np.arange(n) % 7 == 0)
+        with np.errstate(all="ignore"):
+            got = glue.matthews(predictions.astype(int), labels.astype(int))
+        assert near(got, np.corrcoef(predictions, labels)[0, 1]), \
+            f"matthews: wrong for {n:,} examples: do products of counts overflow an integer?"
 
 
 # --- 17: the paired t test and its interval -------------------------------------------------------
@@ -1263,23 +1404,20 @@ def test_the_interval_is_the_formula():
 
 
 @exercise(17)
-def test_where_t_is_not_defined():
-    t, p = stats.paired_t_test([0.8], [0.7])
-    assert math.isnan(t) and math.isnan(p), "paired t: one seed must give (nan, nan)"
-    for a, b, sign in (([0.75, 0.5], [0.5, 0.25], 1), ([0.25, 0.5], [0.5, 0.75], -1)):
-        t, p = stats.paired_t_test(a, b)
-        assert t == sign * math.inf and math.isnan(p), \
-            "paired t: equal differences other than 0 must give (±inf, nan)"
-    t, p = stats.paired_t_test([0.1 + 0.2, 0.5], [0.1, 0.3])  # 0.2 twice, up to rounding
-    assert t == math.inf, "paired t: rounding counts as spread: mean_sd takes care of that"
-    assert near(stats.paired_t_test([0.5, 0.7], [0.5, 0.7]), [0.0, 1.0]), \
-        "paired t: differences that are all 0 must give (0, 1)"
+def test_where_there_is_no_spread():
+    """One seed; equal differences, also up to rounding: 0.2 twice; differences that are all 0."""
+    for words, a, b in (("one seed", [0.8], [0.7]), ("equal differences", [0.75, 0.5], [0.5, 0.25]),
+                        ("differences that are equal up to rounding: mean_sd takes care of that",
+                         [0.1 + 0.2, 0.5], [0.1, 0.3]),
+                        ("differences that are all 0", [0.5, 0.7], [0.5, 0.7])):
+        with np.errstate(all="ignore"):
+            assert plain(stats.paired_t_test(a, b)).isnan().all(), \
+                f"paired t: (nan, nan) is wanted of {words}"
+            differences = [x - y for x, y in zip(a, b)]
+            assert plain(stats.confidence_interval(differences)).isnan().all(), \
+                f"interval: (nan, nan) is wanted of {words}"
     assert raises(ValueError, stats.paired_t_test, [1, 2, 3], [1, 2]), \
         "paired t: a and b of different length do not raise ValueError"
-    assert np.isnan(stats.confidence_interval([0.1])).all(), \
-        "interval: one seed must give (nan, nan)"
-    assert near(stats.confidence_interval([0.25, 0.25]), [0.25, 0.25]), \
-        "interval: equal differences must give an interval without width"
 
 
 # --- 18: Holm -------------------------------------------------------------------------------------
@@ -1332,8 +1470,8 @@ def test_holm_is_closed_testing():
 
 @exercise(18)
 def test_holm_counts_what_could_not_be_judged():
-    got = stats.holm([math.nan, 0.02, 0.01, math.nan])
-    assert [math.isnan(p) for p in got] == [True, False, False, True], \
+    got = plain(stats.holm([math.nan, 0.02, 0.01, math.nan]))
+    assert same(got.isnan(), [True, False, False, True]), \
         "holm: nan must stay nan, at its place"
     assert not near(got[1:3], [0.02, 0.02]), "holm: a nan must count in m"
     assert near(got[1:3], [0.06, 0.04]), "holm: with nans the others are wrong"
@@ -1345,11 +1483,11 @@ def test_holm_counts_what_could_not_be_judged():
 
 # --- 19: the two-way bootstrap --------------------------------------------------------------------
 
-def exact_interval(values, level):
+def exact_interval(values, level, middle=np.mean):
     """Returns the exact percentiles of the mean of n seeds drawn with replacement, by enumeration,
     over all columns of values (n, R)."""
     n = len(values)
-    means = [values[list(drawn)].mean(0) for drawn in itertools.product(range(n), repeat=n)]
+    means = [middle(values[list(drawn)], 0) for drawn in itertools.product(range(n), repeat=n)]
     return np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
 
 
@@ -1370,9 +1508,11 @@ def test_the_interval_covers_seeds_and_examples():
                     "only the examples vary: each column must draw its n seeds": examples_only,
                     "the difference is b − a": -expected[::-1],
                     "each tail has 1 − level, not half of it": exact_interval(a - b, 2 * level - 1),
+                    "the median of the n seeds, not their mean":
+                        exact_interval(a - b, level, np.median),
                     "single seeds, not means of n": np.quantile(a - b, tails)}
-        got = stats.multi_bootstrap(a, b, level=level, seed=3)
-        assert len(got) == 2 and got[0] < mean < got[1], \
+        got = plain(stats.multi_bootstrap(a, b, level=level, seed=3))
+        assert got.shape == (2,) and got[0] < mean < got[1], \
             f"bootstrap: ({got[0]:.3f}, {got[1]:.3f}) is no interval around the mean {mean:.3f}"
         check("bootstrap", got, expected, mistakes,
               "not the percentiles of the means over n seeds, drawn anew for each column, the same "
@@ -1390,10 +1530,9 @@ def test_seeds_are_drawn_in_pairs():
     assert near([low, high], [0.04, 0.25], 1e-9), "bootstrap: two seeds must have an interval"
     rng = np.random.default_rng(1)
     a = rng.normal(size=(4, 300))
-    assert stats.multi_bootstrap(a, 0 * a, seed=1) == stats.multi_bootstrap(a, 0 * a, seed=1), \
-        "bootstrap: the same seed gives another interval"
-    assert stats.multi_bootstrap(a, 0 * a, seed=1) != stats.multi_bootstrap(a, 0 * a, seed=2), \
-        "bootstrap: the argument seed is ignored"
+    first, again, other = (stats.multi_bootstrap(a, 0 * a, seed=seed) for seed in (1, 1, 2))
+    assert same(first, again), "bootstrap: the same seed gives another interval"
+    assert not same(first, other), "bootstrap: the argument seed is ignored"
     spread = a[:, :1] * np.ones((1, 300))  # the columns are equal: what varies are the drawn seeds
     low, high = stats.multi_bootstrap(spread, 0 * spread)
     assert high - low > 0.3, "bootstrap: all columns draw the same seeds"
@@ -1416,7 +1555,7 @@ def test_columns_are_resampled_together():
         "bootstrap: a sample has not as many examples as there are"
     wrong = labels.copy()
     wrong[:8] = 1 - wrong[:8]
-    got = stats.resampled_scores(accuracy, wrong, labels, resamples=4000, seed=0)
+    got = plain(stats.resampled_scores(accuracy, wrong, labels, resamples=4000, seed=0)).numpy()
     assert abs(got.std() - math.sqrt(0.8 * 0.2 / 40)) < 0.005, \
         f"bootstrap: of 40 examples with 80% right the accuracy's sd is 0.063, not {got.std():.3f}"
     assert abs(got.mean() - 0.8) < 0.005, "bootstrap: not all examples are equally likely"
@@ -1427,3 +1566,62 @@ def test_columns_are_resampled_together():
     assert near(paired, first), "bootstrap: the same seed does not draw the same examples"
     rows_of_three = stats.resampled_scores(lambda x: x.sum(), np.eye(3), resamples=50, seed=0)
     assert near(rows_of_three, np.full(50, 3.0)), "bootstrap: rows of a table are not kept whole"
+
+
+# --- 20: Typhoon from the task's labels -----------------------------------------------------------
+
+def task_by_hand(strategy, batch, labels, over=None, unseen=None, lost=()):
+    """Returns (the sums that the average must get, the gradients of the head), with a mistake if
+    wanted: other labels, a sum in place of the mean, inputs that are lost."""
+    probe, mlm = strategy.probe, strategy.context.model
+    weight = mlm.bert.embeddings.word_embeddings.weight
+    one_hot = F.one_hot(batch.input_ids, 40).float().requires_grad_()
+    options = {"attention_mask": batch.attention_mask, "token_type_ids": batch.token_type_ids}
+    hidden = mlm.bert(inputs_embeds=one_hot @ weight, **options | dict.fromkeys(lost))
+    logits = probe.classifier(probe.bert.pooler(hidden[:, 0]).tanh())
+    if labels.is_floating_point():
+        losses = (logits[:, 0] - labels) ** 2
+    else:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    gradient, *head = torch.autograd.grad(losses.sum() / (over or len(labels)),
+                                          [one_hot, *strategy.head])
+    dot = gradient.gather(2, batch.input_ids[..., None])[..., 0]
+    typhoon = masking.Typhoon(torch.ones(40), 0.3)
+    typhoon.accumulate(batch.input_ids, dot, batch.maskable, unseen)
+    return typhoon.totals[0], torch.cat([part.flatten() for part in head])
+
+
+@exercise(20)
+def test_the_saliency_is_that_of_the_task_loss():
+    for given in ([0, 2, 1, 0], [0.5, 4.0, 2.5, 1.0]):
+        strategy, batch = small_task(given)
+        batch.index = torch.tensor([2, 0, 1, 3])  # the batch holds the texts in another order
+        labels, steps = strategy.labels[batch.index], []
+        strategy.end_step()
+        step = strategy.head_optimizer.step
+
+        def spy():
+            steps.append(torch.cat([p.grad.flatten() for p in strategy.head]).clone())
+            return step()
+
+        strategy.head_optimizer.step = spy
+        for turn in range(2):  # what the first call leaves behind shows in the second
+            def sums(labels=labels, **options):
+                return task_by_hand(strategy, batch, labels, **options)[0]
+
+            expected, head = task_by_hand(strategy, batch, labels)
+            mistakes = {
+                "labels are taken in the order of the batch, not by batch.index":
+                    sums(strategy.labels),
+                "the loss is a sum over the texts, not their mean": sums(over=1),
+                "the model saw every token: unseen must be None": sums(unseen=batch.maskable),
+                "attention_mask is not passed on": sums(lost=["attention_mask"]),
+                "token_type_ids are not passed on": sums(lost=["token_type_ids"])}
+            strategy.typhoon.totals.zero_()
+            strategy.learn_from_labels(batch)
+            check("task", strategy.typhoon.totals[0], expected, mistakes,
+                  "the average does not get the gradient of task_loss at the text's own tokens",
+                  1e-5)
+            assert len(steps) == turn + 1, "task: head_optimizer does not take one step a call"
+            assert near(steps[-1], head, 1e-4), "task: the head's step does not follow the " \
+                "gradient of this batch's loss: is an earlier one left?"

@@ -2,9 +2,11 @@
 
 They find the common mistakes and prove nothing: the grader has further checks. A check says in one
 sentence what is wrong. None of them asks for one particular draw of random numbers: where a
-function draws, it is called many times and the shares are compared with the probabilities.
+function draws, it is called many times and the shares are compared with the probabilities. None of
+them minds the type of a number: results are compared as float64, whatever they are made of.
 """
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,10 +37,44 @@ def rows(*lengths, width=None):
     return torch.arange(width or max(lengths)) < torch.tensor(lengths)[:, None]
 
 
+def plain(value):
+    """Returns numbers as a float64 tensor: of Python, numpy or torch, one of them or lists."""
+    assert value is not None, "the result is None: is a return missing?"
+    if isinstance(value, torch.Tensor):
+        return value.detach().double()
+    if isinstance(value, (list, tuple)) and value:
+        return torch.stack([plain(part) for part in value])
+    return torch.from_numpy(np.array(value, dtype=np.float64))
+
+
 def near(got, expected, tolerance=1e-5):
-    """Returns whether two tensors, or numbers, are equal up to rounding."""
-    got, expected = torch.as_tensor(got).double(), torch.as_tensor(expected).double()
+    """Returns whether numbers are equal up to rounding, and of the same shape."""
+    got, expected = plain(got), plain(expected)
     return got.shape == expected.shape and torch.allclose(got, expected, tolerance, tolerance)
+
+
+def same(got, expected):
+    """Returns whether numbers are equal, and of the same shape."""
+    return torch.equal(plain(got), plain(expected))
+
+
+def as_mask(got, like, name):
+    """Returns a mask of 0s and 1s of any type as bool. like: a mask of the shape it must have."""
+    mask = plain(got)
+    assert mask.shape == like.shape and ((mask == 0) | (mask == 1)).all(), \
+        f"{name}: not a (B, L) bool mask"
+    return mask.bool()
+
+
+def shown(got, expected, digits=3):
+    """Returns a wrong number with as many digits as tell it from the right one.
+
+    >>> shown(0.5, 1.4), shown(1.38633, 1.38629)
+    ('0.5', '1.38633')
+    """
+    text = f"{float(got):.{digits}g}"
+    return text if text != f"{expected:.{digits}g}" or digits > 8 else shown(
+        got, expected, digits + 1)
 
 
 def raises(kind, function, *arguments):
@@ -53,8 +89,7 @@ def raises(kind, function, *arguments):
 def likely(share, probability, draws):
     """Returns whether shares of so many draws are within five standard deviations of what they
     should be; a right solution fails this less than once in a million."""
-    share = torch.as_tensor(share).double()
-    probability = torch.as_tensor(probability).double()
+    share, probability = plain(share), plain(probability)
     sd = (probability * (1 - probability) / draws).sqrt()
     return bool(((share - probability).abs() <= 5 * sd + 1e-9).all())
 
@@ -65,8 +100,8 @@ def follows_generator(draw):
     first, second, third = draw(generator(1)), draw(generator(1)), draw(generator(2))
     assert torch.equal(torch.get_rng_state(), state), \
         "it draws from PyTorch's global generator: pass generator= on to everything that draws"
-    assert torch.equal(first, second), "the same generator state gives another result"
-    assert not torch.equal(first, third), "another generator gives the same result: it is ignored"
+    assert same(first, second), "the same generator state gives another result"
+    assert not same(first, third), "another generator gives the same result: it is ignored"
 
 
 def small_config(**fields):
@@ -94,21 +129,19 @@ def test_the_budget_is_the_expected_number_rounded_up_or_down():
     counts = torch.tensor([0, 1, 3, 10, 20, 126])
     maskable = rows(*counts.tolist())
     for seed in range(50):
-        k = masking.budget(maskable, 0.15, generator(seed))
-        assert k.shape == (6,) and not k.is_floating_point(), \
-            "budget: k must hold one integer a row"
+        k = plain(masking.budget(maskable, 0.15, generator(seed)))
+        assert k.shape == (6,) and (k == k.round()).all(), "budget: k must hold one integer a row"
         assert k[0] == 0, "budget: a row without maskable tokens has a budget above 0"
         off = (k - 0.15 * counts).abs()
         assert (off < 1 + 1e-4).all(), "budget: k is not rate × count rounded up or down; " \
-            f"of {counts[off.argmax()]} tokens at rate 0.15 it takes {k[off.argmax()]}"
+            f"of {counts[off.argmax()]} tokens at rate 0.15 it takes {k[off.argmax()]:.0f}"
 
 
 @exercise(1)
 def test_top_k_by_hand():
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [-1.0, -2.0, -3.0, -4.0]])
     maskable = torch.tensor([[True, False, True, True], [True, True, True, True]])
-    got = masking.top_k(scores, maskable, torch.tensor([2, 1]))
-    assert got.dtype == torch.bool and got.shape == (2, 4), "top_k: not a (B, L) bool mask"
+    got = as_mask(masking.top_k(scores, maskable, torch.tensor([2, 1])), maskable, "top_k")
     assert not (got & ~maskable).any(), "top_k: it chooses a position that is not maskable"
     assert got.tolist() == [[False, False, True, True], [True, False, False, False]], \
         "top_k: not the k highest scores of each row"
@@ -118,9 +151,7 @@ def test_top_k_by_hand():
 def test_random_masks_ordinary_tokens_only():
     maskable = rows(20, 7, 0, 1)
     for seed in range(30):
-        mask = masking.random_mask(maskable, 0.3, generator(seed))
-        assert mask.dtype == torch.bool and mask.shape == maskable.shape, \
-            "random_mask: not a (B, L) bool mask"
+        mask = as_mask(masking.random_mask(maskable, 0.3, generator(seed)), maskable, "random_mask")
         assert not (mask & ~maskable).any(), "random_mask: it masks special tokens or padding"
         assert mask[0].sum() == 6, "random_mask: 20 tokens at rate 0.3 must have 6 masked, " \
             f"and {mask[0].sum()} are"
@@ -128,11 +159,16 @@ def test_random_masks_ordinary_tokens_only():
 
 # --- 2: corruption --------------------------------------------------------------------------------
 
+def corrupt(*arguments, **options):
+    """Returns the two results of masking.corrupt as long tensors."""
+    return [plain(part).long() for part in masking.corrupt(*arguments, **options)]
+
+
 @exercise(2)
 def test_labels_are_the_original_tokens_of_the_masked_positions():
     ids, mask = torch.arange(10, 30).reshape(2, 10), rows(4, 7, width=10)
     original = ids.clone()
-    corrupted, labels = masking.corrupt(ids, mask, 4, 40, generator=generator(), special_ids=(0, 4))
+    corrupted, labels = corrupt(ids, mask, 4, 40, generator=generator(), special_ids=(0, 4))
     assert torch.equal(ids, original), "corrupt: it changes input_ids in place"
     assert torch.equal(corrupted[~mask], ids[~mask]), "corrupt: it changes tokens off the mask"
     assert (labels[~mask] == -100).all(), "corrupt: labels off the mask are not −100"
@@ -143,9 +179,9 @@ def test_labels_are_the_original_tokens_of_the_masked_positions():
 @exercise(2)
 def test_pure_splits():
     ids, mask = torch.arange(10, 20)[None], rows(4, width=10)
-    got, _ = masking.corrupt(ids, mask, 4, 40, (1, 0, 0), generator())
+    got, _ = corrupt(ids, mask, 4, 40, (1, 0, 0), generator())
     assert got[0, :4].tolist() == [4, 4, 4, 4], "corrupt: with split (1, 0, 0) all become [MASK]"
-    got, _ = masking.corrupt(ids, mask, 4, 40, (0, 0, 1), generator())
+    got, _ = corrupt(ids, mask, 4, 40, (0, 0, 1), generator())
     assert torch.equal(got, ids), "corrupt: with split (0, 0, 1) every token stays"
 
 
@@ -174,6 +210,17 @@ def test_attention_weights_sum_to_one():
     assert near(got, layer.output(ones), 1e-4), \
         "attention: the weights of a query do not sum to 1 " \
         "over the keys: softmax over another axis, or another layer than value"
+
+
+@exercise(3)
+@torch.no_grad()
+def test_attention_does_not_mind_the_order_of_the_tokens():
+    layer, hidden = attention(), hidden_states(2, 5, 12)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    moved = layer(hidden[:, order], hidden[:, order])
+    assert near(moved, layer(hidden, hidden)[:, order], 1e-4), \
+        "attention: the same tokens in another order give other results: a head mixes tokens; " \
+        "split (B, L, H) into (B, L, heads, d) first, and then exchange the axes"
 
 
 @exercise(3)
@@ -231,7 +278,7 @@ def test_one_row_of_logits_a_chosen_position():
     mlm, ids = small_mlm(), torch.arange(5, 17).reshape(2, 6)
     positions = torch.zeros(2, 6, dtype=torch.bool)
     positions[0, [4, 1]], positions[1, 3] = True, True
-    got, full = mlm(ids, positions=positions), mlm(ids)
+    got, full = mlm(ids, positions=model.query_positions(positions)), mlm(ids)
     assert full.shape == (2, 6, 40), f"head: logits of all positions are {tuple(full.shape)}"
     assert got.shape == (3, 40), f"head: logits of 3 positions are {tuple(got.shape)}, not (3, V)"
     assert near(got, full[positions]), "head: the rows are not those of full_logits[positions]"
@@ -266,8 +313,7 @@ def sentence_of_words(copies):
 def test_no_word_is_split():
     maskable, continuation = sentence_of_words(300)
     mask = masking.whole_word_mask(maskable, continuation, 0.4, generator())
-    assert mask.dtype == torch.bool and mask.shape == maskable.shape, \
-        "whole-word: not a (B, L) bool mask"
+    mask = as_mask(mask, maskable, "whole-word")
     assert not (mask & ~maskable).any(), "whole-word: it masks a special token"
     assert torch.equal(mask[:, 1], mask[:, 2]) and torch.equal(mask[:, 5], mask[:, 7]) \
         and torch.equal(mask[:, 5], mask[:, 6]), "whole-word: it splits a word"
@@ -281,22 +327,24 @@ def test_no_word_is_split():
 @exercise(7)
 def test_entropy_between_sure_and_ignorant():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0], [math.log(3), 0, -60, -60]])
-    got = masking.token_entropy(logits)
+    got = plain(masking.token_entropy(logits))
     assert got.shape == (3,), f"entropy: (3, 4) logits give {tuple(got.shape)}, not (3,)"
-    assert near(got[0], math.log(4)), "entropy: four equally likely words must have ln 4 = 1.386 " \
-        f"nats, not {got[0]:.3f}"
+    assert near(got[0], math.log(4)), "entropy: four equally likely words must have ln 4 = " \
+        f"1.38629 nats, not {shown(got[0], math.log(4))}"
     assert near(got[1], 0.0), "entropy: where the model is sure, the entropy is 0"
-    assert near(got[2], 0.5623351), f"entropy: of p = (3/4, 1/4) it is 0.562 nats, not {got[2]:.3f}"
+    assert near(got[2], 0.5623351), "entropy: of p = (3/4, 1/4) it is 0.562335 nats, not " \
+        f"{shown(got[2], 0.5623351)}"
 
 
-# --- 8: the four selections -----------------------------------------------------------------------
+# --- 8: the five selections -----------------------------------------------------------------------
 
 @exercise(8)
-def test_high_and_low_by_hand():
+def test_high_low_and_middle_by_hand():
     entropy = torch.tensor([[9.0, 0.5, 3.0, 1.0, 4.0, 0.2, -9.0]])
     maskable = torch.tensor([[False, True, True, True, True, True, False]])
-    for select, expected in (("high", [2, 4]), ("low", [1, 5])):
+    for select, expected in (("high", [2, 4]), ("low", [1, 5]), ("middle", [1, 3])):
         got = masking.select_positions(entropy, maskable, torch.tensor([2]), select)
+        got = as_mask(got, maskable, f"selections: {select}")
         taken = got[0].nonzero()[:, 0].tolist()
         assert taken == expected, f"selections: {select} of 2 takes positions {taken}"
 
@@ -307,6 +355,7 @@ def test_mixed_and_sample_spend_the_budget():
     for select in ("mixed", "sample"):
         k = torch.full((200,), 6)
         got = masking.select_positions(entropy, maskable, k, select, generator())
+        got = as_mask(got, maskable, f"selections: {select}")
         assert not (got & ~maskable).any(), f"selections: {select} takes what is not maskable"
         assert (got.sum(1) == 6).all(), f"selections: {select} does not take k positions"
         if select == "mixed":
@@ -320,7 +369,7 @@ def test_an_unknown_selection_is_an_error():
     assert raised, "selections: an unknown one does not raise ValueError"
 
 
-# --- 9: hidden entropy ----------------------------------------------------------------------------
+# --- 9: masked entropy ----------------------------------------------------------------------------
 
 MASK = 4  # the [MASK] token of the small models; 0 to 4 are special
 
@@ -339,14 +388,14 @@ def small_batch(*lengths, seed=3):
 
 
 @exercise(9)
-def test_hidden_entropies_are_those_of_maskable_positions():
+def test_masked_entropies_are_those_of_maskable_positions():
     mlm, batch = small_mlm(), small_batch(12, 9, 4)
-    got = masking.hidden_entropy(mlm, batch, 0.3, MASK, generator())
-    assert got.shape == batch.input_ids.shape, "hidden entropy: the result is not (B, L)"
-    assert (got[~batch.maskable] == 0).all(), "hidden entropy: not 0 off the maskable positions"
+    got = plain(masking.masked_entropy(mlm, batch, 0.3, MASK, generator()))
+    assert got.shape == batch.input_ids.shape, "masked entropy: the result is not (B, L)"
+    assert (got[~batch.maskable] == 0).all(), "masked entropy: not 0 off the maskable positions"
     inside = got[batch.maskable]
     assert (inside > 0).all() and (inside <= math.log(40) + 1e-4).all(), \
-        "hidden entropy: an entropy is not between 0 and ln V: is each position counted once?"
+        "masked entropy: an entropy is not between 0 and ln V: is each position counted once?"
 
 
 # --- 10: self-entropy -----------------------------------------------------------------------------
@@ -362,7 +411,7 @@ def test_self_entropy_spends_the_budget():
     mlm, batch = small_mlm(), small_batch(12, 8, 4)
     for entropy_input in ("masked", "visible"):
         strategy = self_entropy(mlm, 0.25, entropy_input=entropy_input)
-        mask = strategy.mask(batch, generator())
+        mask = as_mask(strategy.mask(batch, generator()), batch.maskable, "self-entropy")
         assert not (mask & ~batch.maskable).any(), \
             "self-entropy: it masks special tokens or padding"
         assert mask.sum(1).tolist() == [3, 2, 1], \
@@ -377,9 +426,11 @@ def test_kd_loss_by_hand():
     student, teacher = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
     label = torch.tensor([0])
     got = distill.kd_loss(student, teacher, label, 1.0, 1.0)
-    assert near(got, 0.1308120), f"kd_loss: KL((3/4, 1/4) ‖ (1/2, 1/2)) is 0.1308, not {got:.4f}"
+    assert near(got, 0.1308120), "kd_loss: KL((3/4, 1/4) ‖ (1/2, 1/2)) is 0.130812, not " \
+        f"{shown(got, 0.1308120)}"
     got = distill.kd_loss(student, teacher, label, 0.25, 1.0)
-    assert near(got, 0.5525635), f"kd_loss: with α = 1/4 the loss is 0.5526, not {got:.4f}"
+    assert near(got, 0.5525635), \
+        f"kd_loss: with α = 1/4 the loss is 0.552564, not {shown(got, 0.5525635)}"
     same = torch.randn(4, 9, generator=generator())
     got = distill.kd_loss(same, same, torch.arange(4), 1.0, 2.0)
     assert near(got, 0.0), "kd_loss: a student that equals its teacher has nothing to learn (α = 1)"
@@ -389,7 +440,7 @@ def test_kd_loss_by_hand():
 def test_kd_loss_without_a_teacher():
     student, labels = torch.randn(4, 9, generator=generator()), torch.tensor([0, 8, 3, 3])
     got = distill.kd_loss(student, None, labels, 0.0, 2.0)
-    assert got.shape == (), f"kd_loss: the result is {tuple(got.shape)}, not a scalar"
+    assert plain(got).shape == (), f"kd_loss: the result is {tuple(got.shape)}, not a scalar"
     assert near(got, F.cross_entropy(student, labels)), \
         "kd_loss: at α = 0 it is not the cross-entropy of the labels"
 
@@ -400,7 +451,7 @@ def test_kd_loss_without_a_teacher():
 def test_saliency_by_hand():
     gradient = torch.tensor([[[1.0, 2.0], [0.5, -1.0]]])
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, -1.0]])
-    got = masking.embedding_saliency(gradient, weight, torch.tensor([[2, 0]]))
+    got = plain(masking.embedding_saliency(gradient, weight, torch.tensor([[2, 0]])))
     assert got.shape == (1, 2), f"saliency: the result is {tuple(got.shape)}, not (B, L)"
     assert near(got, [[1.0, 0.5]]), "saliency: not ∂L/∂onehot(x_i)[v] at v = token_ids_i: " \
         f"{[round(x, 3) for x in got[0].tolist()]}, not [1.0, 0.5]"
@@ -414,13 +465,14 @@ def test_two_updates_by_hand():
     typhoon = masking.Typhoon(torch.tensor([0, 2, 1, 1]), rate=0.25, ema_weight=0.75)
     every = torch.ones(1, 3, dtype=torch.bool)
     typhoon.update(torch.tensor([[1, 1, 2]]), torch.tensor([[1.0, 3.0, 5.0]]), every, None)
-    assert typhoon.seen.tolist() == [False, True, True, False], "average: the wrong types are seen"
+    assert same(typhoon.seen, [False, True, True, False]), "average: the wrong types are seen"
     assert near(typhoon.weight, [0, -2, -5, 0]), \
-        f"average: after one update the weights are {typhoon.weight.tolist()}, not [0, -2, -5, 0]"
+        "average: after one update the weights are " \
+        f"{plain(typhoon.weight).tolist()}, not [0, -2, -5, 0]"
     typhoon.update(torch.tensor([[1, 0, 0]]), torch.tensor([[4.0, 9.0, 9.0]]),
                    torch.tensor([[True, False, False]]), torch.tensor([[True, False, False]]))
     assert near(typhoon.weight, [0, 0.25 * -2 + 0.75 * 4, -5, 0]), \
-        f"average: after two updates they are {typhoon.weight.tolist()}, not [0, 2.5, -5, 0]"
+        f"average: after two updates they are {plain(typhoon.weight).tolist()}, not [0, 2.5, -5, 0]"
 
 
 # --- 14: Typhoon's rates --------------------------------------------------------------------------
@@ -438,7 +490,7 @@ def test_rates_by_hand():
     rates = masking.Typhoon(torch.tensor([3, 4, 5]), 0.3).rates()
     assert near(rates, [0.3, 0.3, 0.3]), "rates: before any update every type has the rate"
     typhoon = typhoon_with([4.0, 0.0, 2.0, 0.0], [True, True, True, False], [4, 2, 2, 2], 0.3, 0.5)
-    got = typhoon.rates()  # u = 1, 1/2, 3/4 and 1; Σ f u = 0.85
+    got = plain(typhoon.rates())  # u = 1, 1/2, 3/4 and 1; Σ f u = 0.85
     expected = [0.3 / 0.85 * u for u in (1, 0.5, 0.75, 1)]
     assert near(got, expected), f"rates: {[round(x, 4) for x in got.tolist()]}, " \
         f"not {[round(x, 4) for x in expected]}"
@@ -448,7 +500,8 @@ def test_rates_by_hand():
 def test_the_expected_rate_is_the_budget():
     weight, counts = torch.randn(50, generator=generator()), torch.arange(50)
     for rate in (0.15, 0.4, 0.9):
-        rates = typhoon_with(weight, torch.ones(50).bool(), counts, rate, 0.6).rates()
+        typhoon = typhoon_with(weight, torch.ones(50).bool(), counts, rate, 0.6)
+        rates = plain(typhoon.rates())
         assert rates.min() >= 0 and rates.max() <= 1, "rates: a rate is not between 0 and 1"
         expected = (rates * counts / counts.sum()).sum()
         assert near(expected, rate), f"rates: the expected rate Σ f r is {expected:.4f}, not " \
@@ -460,8 +513,8 @@ def test_the_expected_rate_is_the_budget():
 def small_trainer(kd=False, strategy=masking.Random, texts=(14, 9, 11, 14), types=True, **recipe):
     """Returns a trainer over small random texts, and the batch of all of them."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 40))]
-    tokenizer = type("Tokenizer", (), {"id_to_token": staticmethod(lambda i: pieces[i]),
-                                       "token_to_id": staticmethod(pieces.index)})
+    tokenizer = SimpleNamespace(id_to_token=lambda i: pieces[i], token_to_id=pieces.index,
+                                model=SimpleNamespace(continuing_subword_prefix="##"))
     batch = small_batch(*texts)
     token_types = (batch.input_ids % 2) if types else None
     corpus = train.Texts(batch.input_ids, train.Vocab(tokenizer, 40, torch.device("cpu")),
@@ -488,14 +541,14 @@ def test_two_micro_batches_are_one_batch():
         for part in parts:
             piece = trainer.texts.batch(torch.tensor(part))
             loss = loss + trainer.micro_step(piece, half_of(piece), total, 0.0)
-        assert not loss.requires_grad and loss.shape == (), \
+        assert plain(loss).shape == () and not getattr(loss, "requires_grad", False), \
             "step: the returned loss is not a scalar without a graph"
         losses.append(loss)
         gradients.append([p.grad for p in trainer.model.parameters()])
     assert all(p is not None for p in gradients[0]), "step: some parameter has no gradient"
     assert near(losses[0], losses[1], 1e-4), \
-        "step: the losses of two micro-batches do not add up " \
-        "to the loss of one batch: return the sum over the masked positions"
+        "step: the losses of two micro-batches do not add up to the loss of one batch: return " \
+        "the sum over the masked positions, and corrupt as the recipe says"
     assert all(near(a, b, 1e-4) for a, b in zip(*gradients)), \
         "step: the gradients of two micro-batches do not add up to those of one batch"
 
@@ -519,7 +572,8 @@ def test_matthews_by_hand():
     predictions = np.array([1, 1, 1, 1, 1, 1, 1, 0, 0, 0])
     labels = np.array([1, 1, 1, 1, 1, 0, 0, 1, 0, 0])
     got = glue.matthews(predictions, labels)
-    assert near(got, 0.3563483), f"matthews: 5 TP, 2 FP, 1 FN, 2 TN give 0.356, not {got:.3f}"
+    assert near(got, 0.3563483), "matthews: 5 TP, 2 FP, 1 FN, 2 TN give 0.356348, not " \
+        f"{shown(got, 0.3563483)}"
     assert near(glue.matthews(labels, labels), 1.0), "matthews: all right must be 1"
     assert near(glue.matthews(1 - labels, labels), -1.0), "matthews: all wrong must be −1"
     assert near(glue.matthews(np.ones(10, int), labels), 0.0), \
@@ -536,25 +590,27 @@ SLEEP = ([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0],  # Student 1908
 def test_students_own_data():
     t, p = stats.paired_t_test(*SLEEP)
     assert near(abs(t), 4.0621277, 1e-4), \
-        f"paired t: of Student's sleep data |t| is 4.062, not {t:.3f}"
+        f"paired t: of Student's sleep data |t| is 4.06213, not {shown(abs(t), 4.0621277)}"
     assert t < 0, "paired t: t has the sign of a − b"
-    assert near(p, 0.0028329, 1e-4), f"paired t: of Student's sleep data p is 0.00283, not {p:.5f}"
+    assert near(p, 0.0028329, 1e-6), \
+        f"paired t: of Student's sleep data p is 0.00283289, not {shown(p, 0.00283289)}"
     low, high = stats.confidence_interval([x - y for x, y in zip(*SLEEP)])
     assert near([low, high], [-2.4598858, -0.7001142], 1e-4), \
-        f"interval: of Student's sleep data it is [-2.460, -0.700], not [{low:.3f}, {high:.3f}]"
+        "interval: of Student's sleep data it is [-2.45989, -0.700114], not " \
+        f"[{shown(low, -2.4598858)}, {shown(high, -0.7001142)}]"
 
 
 # --- 18: Holm -------------------------------------------------------------------------------------
 
 @exercise(18)
 def test_holm_by_hand():
-    got = stats.holm([0.01, 0.04, 0.03, 0.005])
-    assert len(got) == 4, "holm: not one adjusted p for each p"
+    got = plain(stats.holm([0.01, 0.04, 0.03, 0.005]))
+    assert got.shape == (4,), "holm: not one adjusted p for each p"
     assert near(got, [0.03, 0.06, 0.06, 0.02]), \
-        f"holm: 0.01, 0.04, 0.03, 0.005 become {[round(p, 4) for p in got]}, " \
+        f"holm: 0.01, 0.04, 0.03, 0.005 become {[round(p, 4) for p in got.tolist()]}, " \
         "not 0.03, 0.06, 0.06, 0.02"
     assert near(stats.holm([0.7, 0.6]), [1.0, 1.0]), "holm: an adjusted p is above 1"
-    assert list(stats.holm([])) == [], "holm: of no p-values there are none"
+    assert len(stats.holm([])) == 0, "holm: of no p-values there are none"
 
 
 # --- 19: the two-way bootstrap --------------------------------------------------------------------
@@ -562,8 +618,8 @@ def test_holm_by_hand():
 @exercise(19)
 def test_resampled_scores_by_their_mean():
     values = np.array([0.0, 0.0, 1.0, 4.0])
-    got = stats.resampled_scores(np.mean, values, resamples=2000, seed=1)
-    assert got.shape == (2000,), f"bootstrap: {got.shape} scores, not (R,)"
+    got = plain(stats.resampled_scores(np.mean, values, resamples=2000, seed=1))
+    assert got.shape == (2000,), f"bootstrap: {tuple(got.shape)} scores, not (R,)"
     assert abs(got.mean() - 1.25) < 0.1 and abs(got.std() - values.std() / 2) < 0.06, \
         "bootstrap: the mean of 4 resampled examples must have mean 1.25 and sd 0.82, not " \
         f"{got.mean():.2f} and {got.std():.2f}: draw as many as there are, with replacement"
@@ -576,5 +632,36 @@ def test_an_interval_without_any_spread():
     a, b = np.full((3, 50), 0.75), np.full((3, 50), 0.5)
     assert near(stats.multi_bootstrap(a, b), [0.25, 0.25]), \
         "bootstrap: where a − b is 0.25 everywhere, the interval is [0.25, 0.25]"
-    assert np.isnan(stats.multi_bootstrap(a[:1], b[:1])).all(), \
+    assert plain(stats.multi_bootstrap(a[:1], b[:1])).isnan().all(), \
         "bootstrap: one seed must give (nan, nan)"
+
+
+# --- 20: Typhoon from the task's labels -----------------------------------------------------------
+
+def small_task(labels, texts=(12, 9, 12, 5)):
+    """Returns [T]'s strategy for the task of these labels, and the batch of all texts. Labels that
+    are floats are scores, as in STS-B."""
+    batch, labels = small_batch(*texts), torch.tensor(labels)
+    batch.token_type_ids = batch.input_ids % 2
+    classes = 1 if labels.is_floating_point() else 3
+    classifier = randomised(model.BertForSequenceClassification(small_config(), classes), 1)
+    context = masking.Context(0.3, small_mlm().train(), torch.ones(40),
+                              torch.zeros(40, dtype=torch.bool), MASK)
+    return glue.TaskTyphoon(context, classifier, labels, 0.1, 0.0), batch
+
+
+@exercise(20)
+def test_the_head_learns_from_the_labels_and_the_encoder_does_not():
+    strategy, batch = small_task([0, 2, 1, 0])
+    encoder = strategy.context.model.bert
+    before = [p.detach().clone() for p in (*encoder.parameters(), *strategy.head)]
+    strategy.learn_from_labels(batch)
+    assert strategy.typhoon.totals.any(), \
+        "task: nothing was added to the averages: call observe with the gradient"
+    after = [*encoder.parameters(), *strategy.head]
+    moved = [not same(p, q) for p, q in zip(after, before)]
+    assert not any(moved[:-len(strategy.head)]), "task: the labels train the encoder"
+    assert all(moved[-len(strategy.head):]), "task: the probe's head does not learn"
+    assert all(p.requires_grad for p in after), "task: it freezes what the masked LM trains"
+    assert all(p.grad is None or not p.grad.any() for p in after), \
+        "task: gradients are left behind, which the masked LM's step would use"
