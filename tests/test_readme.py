@@ -1,8 +1,15 @@
-"""What the README shows is what the code does."""
+"""What the README and the findings page show is what the code does and what the runs found."""
+import json
+import math
 import re
+import shlex
 import shutil
+import statistics
 from pathlib import Path
 
+import assignments
+import glue
+import masking
 import pytest
 import stats
 import torch
@@ -12,11 +19,43 @@ from model import BertConfig, BertForMaskedLM
 from test_train import SMALL, corpus  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "tests" / "data" / "results"
-REPORTS = {"strategies": None, "start-tiny": None, "start-mini": None, "english-exam": None,
-           "english": None, "adaptation": "f1"}  # folder: --metric
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FINDINGS = (RESULTS / "README.md").read_text(encoding="utf-8")
+BOTH = README + FINDINGS
+PAGES = pytest.mark.parametrize("page", [README, FINDINGS], ids=["README", "findings"])
+FOLDERS = sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
 
+
+# --- what the README names exists -----------------------------------------------------------------
+
+def test_every_option_on_the_pages_is_an_option_of_a_program(capsys):
+    for main, command in ((train.main, []), (glue.main, []), (masking.main, []),
+                          (stats.main, ["sweep"]), (stats.main, ["report"]),
+                          (assignments.main, ["handout"]), (assignments.main, ["grade"])):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+    option = r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-])"
+    known, named = re.findall(option, capsys.readouterr().out), re.findall(option, BOTH)
+    assert len(named) > 20 and not set(named) - set(known)
+
+
+def test_every_function_on_the_pages_stands_in_its_file():
+    named = set(re.findall(r"`(\w+)\.py:([\w.]+)`", BOTH))
+    for file, name in named:
+        text = (ROOT / f"{file}.py").read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"^ *(def|class) {part}\b", text, flags=re.M), (file, name)
+    assert len(named) > 15
+
+
+def test_every_link_within_the_repository_leads_somewhere():
+    for folder, page in ((ROOT, README), (RESULTS, FINDINGS)):
+        links = re.findall(r"\]\((?!http)([^)#]+)", page)
+        assert links and not [link for link in links if not (folder / link).exists()]
+
+
+# --- the README's own strategy --------------------------------------------------------------------
 
 @pytest.fixture
 def spans(tmp_path):
@@ -39,59 +78,256 @@ def test_the_readmes_strategy_masks_runs_of_three_at_the_rate(spans, english):
     assert alone.sum() < 0.06 * mask.sum()  # 0.49 if each token were drawn by itself
 
 
-def test_the_readmes_strategy_trains(spans, corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_readmes_strategy_trains_and_prints_what_the_readme_shows(
+        spans, corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     train.main(["--masking", spans, "--corpus", str(corpus), *SMALL])
-    assert "this model (Spans)" in capsys.readouterr().out
     assert (tmp_path / "runs" / "Spans" / "exam.json").exists()
+    block, = re.findall(r"```\n(runs/entropy: .*?)```", README, flags=re.S)
+    block = block.replace("entropy", "Spans").replace("  the teacher ", "  this model (Spans) ")
+    shown, printed = ({" ".join(re.sub(r"-?[\d.,]+", "#", line).split())
+                       for line in text.splitlines()} for text in (block, capsys.readouterr().out))
+    assert len(shown) > 4 and not shown - printed
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """A copy of the kept runs, so that a report is written beside the copy."""
-    return shutil.copytree(RESULTS, tmp_path / "results")
+# --- the kept runs --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_kept_report_is_that_of_its_runs(folder, tmp_path, monkeypatch):
+    """By `stats.py report FOLDER`, with options where the findings page shows them; the file
+    against-NAME with `--against NAME`."""
+    plain = f"python stats.py report tests/data/results/{folder}"
+    shown = re.findall(rf"made by `({plain} .*?)`", " ".join(FINDINGS.split()))
+    kept = [path for path in (RESULTS / folder).iterdir() if path.suffix != ".json"]
+    copy = tmp_path / "tests" / "data" / "results" / folder
+    shutil.copytree(RESULTS / folder, copy,
+                    ignore=lambda _, names: [name for name in names if ".json" not in name])
+    monkeypatch.chdir(tmp_path)
+    for name in {path.stem for path in kept}:
+        against = f" --against {name.removeprefix('against-')}" * name.startswith("against-")
+        stats.main(shlex.split((shown[0] if shown else plain) + against)[2:])
+    assert f"({folder}/report.md)" in FINDINGS
+    assert all((copy / path.name).read_bytes() == path.read_bytes() for path in kept)
 
 
-@pytest.mark.parametrize("name", REPORTS)
-def test_the_kept_reports_are_those_of_their_runs(name, runs):
-    stats.write_report(runs / name, metric=REPORTS[name])
-    assert (runs / name / "report.md").read_bytes() == (RESULTS / name / "report.md").read_bytes()
+# --- the figures ----------------------------------------------------------------------------------
+# A figure on a page is about the folder of kept runs whose report its paragraph links to, or else
+# the one linked to last, or first, in its section. It must stand in this report.
+
+def report(folder: str) -> str:
+    return (RESULTS / folder / "report.md").read_text(encoding="utf-8")
 
 
-def test_every_kept_run_is_in_a_report():
-    assert sorted(folder.name for folder in RESULTS.iterdir()) == sorted(REPORTS)
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
-def test_the_readmes_tables_are_those_of_the_reports():
-    tables = re.findall(r"\| strategy .*?(?=\n\n)", README, flags=re.S)
-    reports = "".join(path.read_text() for path in RESULTS.glob("*/report.md"))
-    assert len(tables) == 2 and all(table in reports for table in tables)
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """Every Markdown table: of each row {head of a column: cell}."""
+    found = re.findall(r"^\|(.+)\n\|[-| ]+\n((?:\|.+\n)+)", text, flags=re.M)
+    return [[dict(zip(cells(head), cells(row))) for row in rows.splitlines()]
+            for head, rows in found]
 
 
-def quote(strategy, baseline, task, difference, low, high):
-    task = "" if task == "mlm" else f", {task}"
-    return f"{strategy} − {baseline}{task}: {difference:+z.4f} [{low:+z.4f}, {high:+z.4f}]"
+def paragraphs(page: str):
+    """Yields of each paragraph, item or table of a page its folder and its text."""
+    link = r"\((?:tests/data/results/)?([\w-]+)/(?:report|against-[\w-]+)\.\w+\)"
+    for section in re.split(r"^#+ ", page, flags=re.M):
+        folder = next(iter(re.findall(link, section)), None)
+        for paragraph in re.split(r"\n\n|\n(?=- )", section):
+            folder = ([folder] + re.findall(link, paragraph))[-1]
+            yield folder, paragraph + "\n"
 
 
-def test_the_readmes_differences_are_those_of_their_runs(runs):
-    """`entropy − rarity: +0.0119 [+0.0028, +0.0211]`, either way round, of the folders that the
-    section names; for a GLUE task, `entropy − rarity, sst2: ...`."""
-    text = " ".join(README.split())
+@PAGES
+def test_every_table_of_scores_is_in_its_report(page):
     checked = 0
-    for section in re.split(" ##+ ", text):
-        found = set()
-        for name in (name for name in REPORTS if f"tests/data/results/{name}`" in section):
-            report = stats.analyse(runs / name, metric=REPORTS[name], resamples=2)  # 2: t alone
-            for pair in report["pairs"]:
-                one, other, task = pair["strategy"], pair["baseline"], pair["task"]
-                mean, low, high = pair["mean"], pair["low"], pair["high"]
-                found.add(quote(one, other, task, mean, low, high))
-                found.add(quote(other, one, task, -mean, -high, -low))
-        for quoted in re.findall(r"[\w-]+ − [\w-]+(?:, [\w ]+)?: [-+][\d.]+ \[.*?\]", section):
-            assert quoted in found
+    for folder, paragraph in paragraphs(page):
+        for table in tables(paragraph):
+            if "strategy" in table[0]:
+                rows = [row for other in tables(report(folder)) for row in other]
+                for row in table:
+                    assert any(row.items() <= other.items() for other in rows), row
+                checked += 1
+    assert checked == len(re.findall(r"^\| strategy \|", page, flags=re.M))
+
+
+def differences(folder: str | None) -> dict[str, dict[str, str]]:
+    """Of each pair in a report, either way round, what may be said of `a − b`, or `a − b, task`."""
+    found = {}
+    for section in re.split(r"^## ", report(folder), flags=re.M)[1:] if folder else ():
+        task = section.partition(",")[0]
+        for row in (row for table in tables(section) for row in table):
+            if " − " not in (name := row.pop("strategy − baseline", "")):
+                continue
+            for a, b, turn in (*name.split(" − "), 1), (*name.split(" − ")[::-1], -1):
+                mean = float(row["difference"])
+                low, high = map(float, row["95% t interval"].strip("[]").split(","))
+                mean, low, high = turn * mean, *sorted((turn * low, turn * high))
+                found[f"{a} − {b}" + (f", {task}" if task != "mlm" else "")] = {
+                    "difference": f"{mean:+z.4f} [{low:+z.4f}, {high:+z.4f}]",
+                    "Holm p": row["Holm p"].rstrip(" *"), "MDE": row["MDE"]}
+    return found
+
+
+@PAGES
+def test_every_difference_is_that_of_its_report(page):
+    """`a − b, sst2: +0.0119 [+0.0028, +0.0211], Holm p 0.113, MDE 0.0124`: no task where it is the
+    exam, and the last two where they are wanted."""
+    quote = (r"([\w-]+ − [\w-]+(?:, [\w ]+)?): ([-+][\d.]+ \[.*?\])"
+             r"(?:, Holm p ((?:< )?[\d.]+\d))?(?:, MDE ([\d.]+\d))?")
+    wrong, checked = [], 0
+    for folder, paragraph in paragraphs(page):
+        for name, *said in re.findall(quote, " ".join(paragraph.split())):
+            row = differences(folder).get(name, {})
+            wrong += [f"{name}: {kind} is {row.get(kind)}, not {figure}"
+                      for kind, figure in zip(("difference", "Holm p", "MDE"), said)
+                      if figure and figure != row.get(kind)]
             checked += 1
-    assert checked == len(re.findall(r"\[[-+][\d.]+, [-+][\d.]+\]", text)) > 0  # none escapes
+    assert not wrong
+    assert checked == len(re.findall(r"[-+]\d\.\d+ *\n? *\[", page))  # none escapes
 
 
-def test_the_readme_can_be_read_in_one_sitting():
-    assert README.count("\n") <= 300
+@PAGES
+def test_every_percentage_is_the_accuracy_of_the_strategy_before_it(page):
+    """`entropy` ... 24.0%, of the exam."""
+    wrong, checked = [], 0
+    for folder, paragraph in paragraphs(page):
+        if folder:
+            scores = {row["strategy"]: row["accuracy"] for table in tables(report(folder))
+                      for row in table if "accuracy" in row}
+            for name, said in re.findall(r"`([\w-]+)`[^`]*?(\d+\.\d)%", paragraph):
+                accuracy = f"{float(scores[name].split()[0]):.1%}"
+                wrong += [f"{name}: {accuracy}, not {said}%"] if accuracy != f"{said}%" else []
+                checked += 1
+            checked -= len(re.findall(r"\d+\.\d%", paragraph))
+    assert not wrong and checked == 0  # none escapes
+
+
+def test_so_many_seeds_would_find_half_a_point_of_glue():
+    effect, count = re.search(r"english --effect ([\d.]+)` counts how many seeds would: (\d+) for "
+                              r"`entropy` against `random`", " ".join(FINDINGS.split())).groups()
+    said = differences("english")["entropy − random, mean of 4 tasks"]["difference"]
+    _, low, high = map(float, re.findall(r"[-+][\d.]+", said))
+    sd = (high - low) / 2 * math.sqrt(3) / 4.3027  # Student's t at 2 degrees of freedom
+    assert int(count) == pytest.approx(stats.seeds_needed(sd, float(effect)), abs=1)
+
+
+# --- the first command ----------------------------------------------------------------------------
+
+def first_command(python: str) -> dict:
+    """The kept exam.json of the README's first command, with its teacher's metrics."""
+    path = RESULTS / "first-command" / f"python-{python}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_readme_shows_what_its_first_command_printed():
+    run = first_command("3.11.7")
+    assert run["versions"]["python"] == "3.11.7" and "With Python 3.11.7" in README
+    block, = re.findall(r"```\n(runs/entropy: .*?)```", README, flags=re.S)
+    for title, metrics in (("word-piece frequency alone", run["baseline"]),
+                           ("the teacher", run["teacher"]), ("this model (entropy)", run["last"])):
+        line, = re.findall(rf"^ *{re.escape(title)} +(.*)$", block, flags=re.M)
+        shares = [f"{metrics[name]:.1%}" for name in ("accuracy", "common", "middle", "rare")]
+        assert line.split() == [f"{-metrics['log_likelihood']:.2f}", *shares]
+    args = run["args"]
+    assert f"runs/entropy: {args['steps']:,} steps, {run['seconds']:.0f} s\n" in block
+    assert f"\n{sum(map(sum, run['dev']['count'])):,} held-out word pieces" in block
+    masked, asked, guesses = re.search(r"masked (\S+) of the ordinary tokens \(asked for: (\S+)\), "
+                                       r"([\d,]+) guesses in all", block).groups()
+    assert (masked, asked) == (f"{run['masked']:.2%}", f"{args['mask_rate']:.2%}")
+    tokens = args["steps"] * args["batch_size"] * (args["seq_len"] - 2)  # not [CLS] and [SEP]
+    assert int(guesses.replace(",", "")) == pytest.approx(run["masked"] * tokens, rel=0.01)
+
+
+def test_another_python_gives_the_same_within_two_points():
+    run, other = first_command("3.11.7"), first_command("3.11.2")
+    assert other["versions"]["python"] == "3.11.2"
+    said = re.search(r"Python 3\.11\.2 .*? teacher (.{4})%, this model (.{4})%", README, flags=re.S)
+    for row, figure in zip(("teacher", "last"), said.groups()):
+        assert figure == f"{100 * other[row]['accuracy']:.1f}"
+        assert other[row]["accuracy"] == pytest.approx(run[row]["accuracy"], abs=0.02)
+    assert "XX" not in README
+
+
+SETTINGS = ("steps", "teacher_steps", "batch_size", "lr", "mask_rate", "seq_len", "preset")
+
+
+def test_the_first_commands_kept_runs_have_todays_defaults():
+    defaults = vars(train.parse_args(["--masking", "entropy"]))
+    for python in ("3.11.7", "3.11.2"):
+        args = first_command(python)["args"]
+        assert {name: args[name] for name in SETTINGS} == {name: defaults[name]
+                                                           for name in SETTINGS}
+
+
+@PAGES
+@pytest.mark.parametrize("folder", ["strategies", "start-tiny"])
+def test_a_page_says_so_where_its_runs_have_older_settings(page, folder):
+    defaults = vars(train.parse_args([]))
+    runs = [json.loads(path.read_text())["args"] for path in (RESULTS / folder).glob("*.json")]
+    older = any(run[name] != defaults[name] for run in runs for name in SETTINGS)
+    said = "made before the exam and the default settings were changed" in " ".join(page.split())
+    assert said == older
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+def kept_on_the_gpu(name: str) -> dict:
+    return json.loads((RESULTS / "gpu" / f"{name}.json").read_text())
+
+
+def test_the_larger_models_table_is_that_of_its_runs():
+    runs, glue_runs = kept_on_the_gpu("scale"), kept_on_the_gpu("glue")
+    table, = [table for table in tables(FINDINGS) if "start, strategy" in table[0]]
+    *models, constant = table
+    for row in models:
+        name = "gpu-{}-{}-0".format(*row.pop("start, strategy").split(", "))
+        run, sst2 = runs[name], glue_runs[f"gpu-sst2-{name}"]["last"]
+        exams = {f"{entry['step']:,}": entry["exam"] for entry in run["log"] if "exam" in entry}
+        expected = {step: exams[step]["accuracy"] for step in ("300", "600", "900", "3,000")}
+        expected |= {"rare": run["last"]["rare"], "sst2": sst2["accuracy"]}
+        assert row == {column: f"{value:.3f}" for column, value in expected.items()}
+    assert constant["3,000"] == f"{run['baseline']['accuracy']:.3f}" and len(models) == 6
+    teacher = runs["gpu-teacher-0"]["last"]["accuracy"]
+    assert f"the teacher alone has {teacher:.3f}" in " ".join(FINDINGS.split())
+
+
+def test_the_larger_models_are_below_the_constant_answer_on_mrpc():
+    runs = [run for name, run in kept_on_the_gpu("glue").items() if "mrpc" in name]
+    f1, constant = [run["last"]["f1"] for run in runs], runs[0]["baseline"]["f1"]
+    assert len(runs) == 6 and max(f1) < constant
+    said = (f"the F1 of all six ({min(f1):.3f} to {max(f1):.3f}) is below the constant answer's "
+            f"{constant:.3f}")
+    assert said in " ".join(FINDINGS.split())
+
+
+def test_the_table_of_the_defaults_is_that_of_its_runs():
+    runs = {name.removeprefix("--vocab-size 4096 --batch-size 16 "): seeds
+            for name, seeds in kept_on_the_gpu("defaults")["runs"].items()}
+    table, = [table for table in tables(FINDINGS) if "options" in table[0]]
+    for row in table:
+        seeds = runs.pop(row["options"].strip("`"))
+        accuracy, rare, sd, spearman = ([seed[name] for seed in seeds]
+                                        for name in ("accuracy", "rare", "sd", "spearman"))
+        assert len(seeds) == 5
+        assert row["worst accuracy"] == f"{min(accuracy):.3f}"
+        assert row["mean accuracy"] == f"{statistics.mean(accuracy):.3f}"
+        assert row["worst rare"] == f"{min(rare):.3f}"
+        assert row["mean sd"] == f"{statistics.mean(sd):.2f}"
+        assert row["mean Spearman"] == f"{statistics.mean(spearman):.2f}"
+    assert not runs  # none is left out
+
+
+def test_the_speed_on_the_gpu_is_the_measured_one():
+    rows = {row[0]: row[1:] for row in kept_on_the_gpu("speed")["rows"]}
+    table, = [table for table in tables(FINDINGS) if "tokens a second" in table[0]]
+    for row in table:
+        strategy, _, way = row.pop("tokens a second").partition(", ")
+        for preset, speed in row.items():
+            title = f"GPU {preset}, {strategy}, {way or 'eager'}: tokens/s"
+            assert speed == rows[title][0]
+    for preset, factor in (("small", "2.2"), ("base", "1.4")):
+        assert rows[f"MLM step, {preset}, eager: reference / ours"][0] == f"{factor}×"
+        assert f"{factor} times" in FINDINGS
+    assert "1.4 to 2.2 times" in README
