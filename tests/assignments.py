@@ -246,8 +246,9 @@ def described(exercise, here: list, lecturer: bool = False) -> str:
     known = {e.number for e in here}
     missing = [str(number) for number in exercise.builds_on if number not in known]
     if missing and not lecturer:
-        lines.append(f"This hand-out lacks {', '.join(missing)}: your own checks fail before you "
-                     "have it, the grader's do not.")
+        lines.append(f"This hand-out does not set {', '.join(missing)}. Until those are written, by "
+                     "you (without points) or by your lecturer, what runs them stops with 'is not "
+                     "set in this hand-out'; the grader uses its own.")
     if isinstance(exercise, Milestone):
         return "\n".join(lines)
     if exercise.forbidden:
