@@ -848,6 +848,7 @@ def strategy(text: str) -> tuple[str, list[str], list[str]]:
 
 
 def parse_args(argv=None):
+    """Returns the arguments of `sweep` or `report`; sweep's `extra` are glue.py's options."""
     parser = Parser(prog="stats.py", description="Compare masking strategies over seeds.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{sweep,report}")
     add = commands.add_parser("sweep", help="run a grid; what is done is skipped").add_argument
