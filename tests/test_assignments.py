@@ -22,8 +22,9 @@ from solutions import SOLUTIONS
 
 with warnings.catch_warnings():  # of markers that the exercises' own conftest.py registers
     warnings.simplefilter("ignore")
-    from test_hidden import check
-    from test_public import MASK, small_batch, small_mlm
+    grading.checks(MILESTONE.number)  # imports both files
+    import test_public
+    from test_public import MASK, check, small_batch, small_mlm
 
 ALL = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.number)
 
@@ -73,6 +74,11 @@ def student(students, tmp_path):
     return Path(shutil.copytree(students, tmp_path / "student"))
 
 
+def public_checks(number):
+    """Returns the checks of an exercise that the hand-out holds."""
+    return [check for check in grading.checks(number) if check.__module__ == "test_public"]
+
+
 def by_number(*numbers):
     return [exercise for exercise in EXERCISES if exercise.number in numbers]
 
@@ -85,8 +91,7 @@ def test_the_table_is_whole():
     for exercise in EXERCISES:
         assert exercise.hints and exercise.source and 1 <= exercise.difficulty <= 3
         assert all(number < exercise.number for number in exercise.builds_on)
-        public = [check for check in grading.checks(exercise.number)
-                  if check.__module__ == "test_public"]
+        public = public_checks(exercise.number)
         assert public and len(grading.checks(exercise.number)) > len(public)
 
 
@@ -122,6 +127,10 @@ def test_every_right_solution_keeps_the_points(exercise):
 
 @pytest.mark.parametrize("number, name, words", [
     (3, "softmax over the batch", "weights of a query do not sum to 1 over the keys"),
+    (3, "heads put together without a transpose", "where heads are taken apart and where they are"),
+    (3, "nan under the mask", "with key_mask the result is nan"),
+    (11, "no weight on the labels", "with α = 1 and T = 1 the loss is KL((3/4, 1/4) ‖ (1/2, 1/2))"),
+    (15, "returns the mean", "the losses of two micro-batches add up to 12.4, and the loss of one"),
     (3, "no scale", "the scores lack the 1 / √d"),
     (4, "no dropout on the feed-forward", "no dropout on the feed-forward's output"),
     (8, "sample in proportion in its first draw alone", "entropy of 0 before others"),
@@ -130,7 +139,8 @@ def test_every_right_solution_keeps_the_points(exercise):
     (15, "the teacher reads the uncorrupted text", "the teacher reads the text before corruption"),
     (15, "no world size", "the factor world_size() is missing"),
     (17, "t loses its sign", "the sign of a − b"),
-    (3, "heads split without a transpose", "split (B, L, H) into (B, L, heads, d) first"),
+    (3, "heads split without a transpose", "where heads are taken apart and where they are"),
+    (5, "no dense layer", "the dense layer is left out"),
     (5, "divided by the root of H", "the products are divided by √H"),
     (7, "a small epsilon", "ln 4 = 1.38629 nats, not 1.3859"),
     (19, "a median", "the median of the n seeds, not their mean"),
@@ -138,6 +148,45 @@ def test_every_right_solution_keeps_the_points(exercise):
 def test_a_sentence_names_the_mistake(number, name, words):
     exercise, = by_number(number)
     assert words in verdict(exercise, SOLUTIONS[number].wrong_sources()[name])
+
+
+# Wrong solutions that a student's own run must find: mistakes in a formula, the wrong text read.
+IN_PUBLIC = {
+    2: ["labels only where the token changed", "no random words"],
+    3: ["no scale", "scaled by the whole width", "scaled by d", "queries and keys exchanged",
+        "one head", "heads put together in another order", "everybody asks"],
+    4: ["pre-LayerNorm", "no residual around attention", "no residual around the feed-forward",
+        "the wrong residual", "a ReLU"],
+    5: ["norm before the activation", "no norm", "a ReLU", "no activation", "no dense layer",
+        "divided by the root of H"],
+    6: ["glued over a special token"],
+    8: ["the middle by a mean", "the middle of all positions", "mixed is high",
+        "mixed loses an odd one"],
+    9: ["nothing is hidden", "all but the group is hidden"],
+    10: ["candidates are visible", "the least uncertain", "always high", "visible is forgotten"],
+    11: ["no T squared", "T, not T squared", "no temperature", "a sum over positions"],
+    12: ["the absolute value"],
+    13: ["one mean over both", "the last batch alone"],
+    14: ["spread turned around", "scaled up to the highest of all types"],
+    15: ["the teacher reads the uncorrupted text", "the uncorrupted text goes in",
+         "the temperature is forgotten", "a fixed temperature", "labels are what the model reads",
+         "alpha is forgotten where there is a teacher", "no world size", "not divided",
+         "the recipe's weight where there is a teacher"],
+    16: ["two classes only", "nan of constant labels"],
+    17: ["an interval of another level"],
+    19: ["seeds alone", "examples alone", "a single seed a column", "each side by itself",
+         "seeds without replacement", "the whole error in each tail", "a fixed level"],
+    20: ["the gradient's sign", "a sum over the texts", "everything is masked",
+         "labels in the order of the batch", "the text with masks", "always classes"]}
+
+
+@pytest.mark.parametrize("number", IN_PUBLIC)
+def test_a_students_own_run_finds_mistakes_in_a_formula(number, monkeypatch):
+    exercise, = by_number(number)
+    public, wrong = public_checks(number), SOLUTIONS[number].wrong_sources()
+    monkeypatch.setattr(grading, "checks", lambda _: public)
+    passed = [name for name in IN_PUBLIC[number] if verdict(exercise, wrong[name]) is None]
+    assert passed == []
 
 
 def test_a_result_far_from_every_named_mistake_is_told_by_its_size():
@@ -455,6 +504,18 @@ def test_the_band_is_a_prediction_interval_and_what_python_shifts(figures):
     assert (mean, sd) == (pytest.approx(-4.5), pytest.approx(0.015811, abs=1e-6))
     assert (high - low) / 2 == pytest.approx(4.6041 * 0.015811 * 1.095445 + 0.1, abs=1e-5)
     assert "| loss (nats) | 4.50 ± 0.02 | 4.32 to 4.68 |" in assignments.band_table()
+
+
+def test_a_student_checks_the_run(figures, student, monkeypatch):
+    monkeypatch.setattr(test_public, "__file__", str(student / "tests" / "test_public.py"))
+    exam, public_check = student / "milestone" / "exam.json", public_checks(MILESTONE.number)[0]
+    with pytest.raises(AssertionError, match="exam.json is not there"):
+        public_check()
+    exam.write_text(json.dumps(figures | {"last": {"log_likelihood": -6.0}}))
+    with pytest.raises(AssertionError, match="loss is 6.00, not below that of word-piece freq"):
+        public_check()
+    exam.write_text(json.dumps(figures))
+    public_check()
 
 
 @pytest.mark.parametrize("change, words", [

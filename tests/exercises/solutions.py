@@ -270,6 +270,10 @@ class SelfAttention:
      "self.value(hidden).reshape(len(hidden), self.heads, -1, d).transpose(1, 2)",
      "mixed.flatten(2)", "mixed.transpose(1, 2).reshape(len(hidden), -1, H)"),
     ("weights without a gradient", "self.dropout(weights)", "self.dropout(weights.detach())"),
+    ("heads put together without a transpose", "bhqk,bkhd->bqhd", "bhqk,bkhd->bhqd",
+     "mixed.flatten(2)", "mixed.reshape(len(hidden), -1, H)"),
+    ("nan under the mask", ".masked_fill(~key_mask, -math.inf)",
+     ".masked_fill(~key_mask, -math.inf) * key_mask"),
 ])
 
 # --- 4: the block ---------------------------------------------------------------------------------
@@ -1254,8 +1258,8 @@ def confidence_interval(differences, level=LEVEL):
      "a, b = a[:len(b)], b[:len(a)]\n    if False:\n"),
     ("p of 0 without a spread", 'if n == 1 or sd == 0:\n        return float("nan"), float("nan")',
      'if n == 1 or sd == 0:\n        return float("inf"), 0.0'),
-    ("p of 1 where all are 0", "if n == 1 or sd == 0:", "if sd == 0 == mean:\n        return 0.0, 1.0\n"
-     "    if n == 1 or sd == 0:"),
+    ("p of 1 where all are 0", "if n == 1 or sd == 0:",
+     "if sd == 0 == mean:\n        return 0.0, 1.0\n    if n == 1 or sd == 0:"),
     ("rounding is a spread", "mean, sd = mean_sd(d)\n    if n == 1 or sd == 0:",
      "mean, sd = mean_sd(d)\n    sd = d.std(ddof=1) if n > 1 else sd\n    if n == 1 or sd == 0:"),
     ("one seed has a t", "if n == 1 or sd == 0:",

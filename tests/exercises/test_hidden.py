@@ -7,7 +7,6 @@ a part of the test suite.
 import inspect
 import itertools
 import math
-import os
 from contextlib import contextmanager
 from functools import partial
 
@@ -23,37 +22,11 @@ import masking
 import model
 import stats
 import train
-from test_public import (MASK, as_mask, attention, block, corrupt, exercise, follows_generator,
-                         generator, half_of, hidden_states, likely, near, plain, raises, randomised,
-                         rows, same, self_entropy, sentence_of_words, small_batch, small_config,
-                         small_mlm, small_task, small_trainer, typhoon_with)
-
-
-def check(subject, got, expected, mistakes, otherwise, tolerance=1e-4):
-    """Fails where the result is not the expected one, and names the mistake whose value it has; the
-    nearest, where several come close. mistakes: sentence -> value, or a function that makes it."""
-    got, expected = plain(got), plain(expected)
-    if near(got, expected, tolerance / 100):
-        return
-    mistakes = {words: value() if callable(value) else value for words, value in mistakes.items()}
-
-    def off(value):
-        value = plain(value)
-        return (got - value).abs().max().item() if value.shape == got.shape else math.inf
-
-    # What this input does not tell from the right result is no candidate.
-    told = {words: value for words, value in mistakes.items()
-            if near(got, value, tolerance) and not near(value, expected, tolerance / 10)}
-    likeliest = min(told, key=lambda words: off(told[words]), default=None)
-    assert likeliest is None or off(expected) <= 2 * off(told[likeliest]), \
-        f"{subject}: {likeliest}"
-    if not near(got, expected, tolerance):
-        factor = 0.0
-        if got.shape == expected.shape and got.numel() > 3:
-            factor = ((got * expected).sum() / (expected * expected).sum()).item()
-        multiple = near(got, factor * expected, tolerance) and abs(factor) > tolerance
-        times = f" (it is {factor:.4g} times the right result)" if multiple else ""
-        raise AssertionError(f"{subject}: {otherwise}{times}")
+from test_public import (MASK, as_mask, attention, block, check, corrupt, exercise,
+                         follows_generator, generator, half_of, hidden_states, likely, near, plain,
+                         raises, rows, same, self_entropy, sentence_of_words,
+                         small_batch, small_mlm, small_task, small_trainer,
+                         typhoon_with, world_of)
 
 
 def same_gradients(subject, got, expected, tensors):
@@ -1087,15 +1060,6 @@ def replaced(owner, name, value):
     setattr(owner, name, value)
     yield
     setattr(owner, name, before)
-
-
-@contextmanager
-def world_of(ranks):
-    """Pretends that there are so many data-parallel ranks."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(ranks)
-    yield
-    os.environ.pop("WORLD_SIZE") if before is None else os.environ.update(WORLD_SIZE=before)
 
 
 def run_step(trainer, batch, mask, kd_weight, masked_in_all=None):

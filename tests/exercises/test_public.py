@@ -1,11 +1,15 @@
 """The public checks of the exercises. A student runs those of one: python -m pytest -m exercise_6
 
-They find the common mistakes and prove nothing: the grader has further checks. A check says in one
+They find mistakes in formulas and prove nothing: the grader has further checks. A check says in one
 sentence what is wrong. None of them asks for one particular draw of random numbers: where a
 function draws, it is called many times and the shares are compared with the probabilities. None of
 them minds the type of a number: results are compared as float64, whatever they are made of.
 """
+import json
 import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,6 +79,33 @@ def shown(got, expected, digits=3):
     text = f"{float(got):.{digits}g}"
     return text if text != f"{expected:.{digits}g}" or digits > 8 else shown(
         got, expected, digits + 1)
+
+
+def check(subject, got, expected, mistakes, otherwise, tolerance=1e-4):
+    """Fails where the result is not the expected one, and names the mistake whose value it has; the
+    nearest, where several come close. mistakes: sentence -> value, or a function that makes it."""
+    got, expected = plain(got), plain(expected)
+    if near(got, expected, tolerance / 100):
+        return
+    mistakes = {words: value() if callable(value) else value for words, value in mistakes.items()}
+
+    def off(value):
+        value = plain(value)
+        return (got - value).abs().max().item() if value.shape == got.shape else math.inf
+
+    # What this input does not tell from the right result is no candidate.
+    told = {words: value for words, value in mistakes.items()
+            if near(got, value, tolerance) and not near(value, expected, tolerance / 10)}
+    likeliest = min(told, key=lambda words: off(told[words]), default=None)
+    assert likeliest is None or off(expected) <= 2 * off(told[likeliest]), \
+        f"{subject}: {likeliest}"
+    if not near(got, expected, tolerance):
+        factor = 0.0
+        if got.shape == expected.shape and got.numel() > 3:
+            factor = ((got * expected).sum() / (expected * expected).sum()).item()
+        multiple = near(got, factor * expected, tolerance) and abs(factor) > tolerance
+        times = f" (it is {factor:.4g} times the right result)" if multiple else ""
+        raise AssertionError(f"{subject}: {otherwise}{times}")
 
 
 def raises(kind, function, *arguments):
@@ -181,8 +212,12 @@ def test_pure_splits():
     ids, mask = torch.arange(10, 20)[None], rows(4, width=10)
     got, _ = corrupt(ids, mask, 4, 40, (1, 0, 0), generator())
     assert got[0, :4].tolist() == [4, 4, 4, 4], "corrupt: with split (1, 0, 0) all become [MASK]"
-    got, _ = corrupt(ids, mask, 4, 40, (0, 0, 1), generator())
+    got, labels = corrupt(ids, mask, 4, 40, (0, 0, 1), generator())
     assert torch.equal(got, ids), "corrupt: with split (0, 0, 1) every token stays"
+    assert torch.equal(labels[mask], ids[mask]), "corrupt: a token that stays has no label"
+    got, _ = corrupt(ids, mask, 4, 40, (0, 1, 0), generator(), special_ids=(4,))
+    assert (got[mask] != 4).all() and not torch.equal(got, ids), \
+        "corrupt: with split (0, 1, 0) all become random tokens"
 
 
 # --- 3: attention ---------------------------------------------------------------------------------
@@ -208,8 +243,8 @@ def test_attention_weights_sum_to_one():
     ones = torch.ones(2, 5, 12)
     assert not near(got, ones), "attention: the output layer is left out"
     assert near(got, layer.output(ones), 1e-4), \
-        "attention: the weights of a query do not sum to 1 " \
-        "over the keys: softmax over another axis, or another layer than value"
+        "attention: where all values are 1, the result is not the output layer's of ones: the " \
+        "weights of a query do not sum to 1 over the keys, or the values are not `self.value`'s"
 
 
 @exercise(3)
@@ -219,8 +254,8 @@ def test_attention_does_not_mind_the_order_of_the_tokens():
     order = torch.tensor([3, 0, 4, 1, 2])
     moved = layer(hidden[:, order], hidden[:, order])
     assert near(moved, layer(hidden, hidden)[:, order], 1e-4), \
-        "attention: the same tokens in another order give other results: a head mixes tokens; " \
-        "split (B, L, H) into (B, L, heads, d) first, and then exchange the axes"
+        "attention: the same tokens in another order give other results: look at the axes, where " \
+        "heads are taken apart and where they are put together"
 
 
 @exercise(3)
@@ -231,8 +266,36 @@ def test_nobody_reads_a_masked_key():
     changed = hidden.clone()
     changed[0, 3] += 2
     before, after = layer(hidden, hidden, key_mask), layer(changed, changed, key_mask)
+    assert not before.isnan().any(), "attention: with key_mask the result is nan"
     assert near(before[0, [0, 1, 2, 4]], after[0, [0, 1, 2, 4]]), \
         "attention: a key that key_mask hides still has weight"
+
+
+@exercise(3)
+@torch.no_grad()
+def test_attention_by_hand():
+    """Two heads of width 4. At the first token the first head scores 2 ln 3 / √4 = ln 3 and the
+    second one −ln 3, at the second token both score 0: weights of 3/4 and 1/4, 1/4 and 3/4."""
+    layer, hidden = attention(heads=2, width=8), torch.zeros(1, 2, 8)
+    for part in (layer.query, layer.key, layer.value, layer.output):
+        part.weight[:], part.bias[:] = torch.eye(8), 0
+    layer.query.weight[:] = 0
+    layer.query.bias[[0, 4]] = 1
+    layer.value.weight[[0, 4]] = 0
+    hidden[0, 0, [0, 1, 4, 5]] = torch.tensor([2 * math.log(3), 1, -2 * math.log(3), 1])
+
+    def two_heads(first, second=None):
+        return [[[0, first, 0, 0, 0, 1 - first if second is None else second, 0, 0]]]
+
+    check("attention", layer(hidden[:, 1:], hidden), two_heads(3 / 4), {
+        "the scores lack the 1 / √d": two_heads(9 / 10),
+        "the scores are divided by √H: d is the width of one head":
+            two_heads(1 / (1 + 3 ** -(0.5 ** 0.5))),
+        "the scores are divided by d, not by √d": two_heads(1 / (1 + 3 ** -0.5)),
+        "all keys have the same weight: is it one head, or are queries and keys swapped?":
+            two_heads(1 / 2),
+        "the second head's values come with the first head's weights": two_heads(3 / 4, 3 / 4)},
+        "not softmax(Q Kᵀ / √d) V in each head, the heads side by side")
 
 
 # --- 4: the block ---------------------------------------------------------------------------------
@@ -251,7 +314,36 @@ def test_the_blocks_output_is_normalised():
     assert got.shape == (2, 5, 12), f"block: the result is {tuple(got.shape)}, not (B, L, H)"
     assert near(got.mean(-1), torch.zeros(2, 5), 1e-4) \
         and near(got.var(-1, unbiased=False), torch.ones(2, 5), 1e-3), \
-        "block: the output is not normalised: in post-LayerNorm output_norm comes last"
+        "block: where output_norm has weight 1 and bias 0, the output is not normalised"
+
+
+@exercise(4)
+@torch.no_grad()
+def test_the_block_by_hand():
+    """Attention adds (0, 0, 2, −2), and the feed-forward (0, 2, −2, 0) since GELU(1) = 0.841345."""
+    config = small_config(hidden_size=4, num_attention_heads=1)
+    layer = randomised(model.Block(config)).eval()
+    for part in (layer.attention.output, layer.intermediate, layer.output):
+        part.weight[:], part.bias[:] = 0, 0
+    layer.attention.output.bias[:] = torch.tensor([0.0, 0, 2, -2])
+    layer.intermediate.bias[0] = 1
+    layer.output.weight[1:3, 0] = torch.tensor([2, -2]) / 0.841345
+    for norm, scale in ((layer.attention_norm, 1), (layer.output_norm, 2)):
+        norm.weight[:], norm.bias[:] = scale, 0
+
+    def normal(*row):
+        return 2 * F.layer_norm(torch.tensor([[row]]), (4,))
+
+    check("block", layer(torch.tensor([[[2.0, -2, 0, 0]]])), [[[2, 2, -2, -2]]], {
+        "LayerNorm comes before attention: BERT normalises after the sum": normal(2.0, 0, 0, -2),
+        "attention's output is not added to its input": normal(0.0, 2, 2 ** 0.5 - 2, -2 ** 0.5),
+        "the feed-forward's output is not added to its input": normal(0.0, 2, -2, 0),
+        "the feed-forward's output is added to the block's input, and not to its own":
+            normal(2.0, 0, -2, 0),
+        "attention_norm stands in output_norm's place": [[[1, 1, -1, -1]]],
+        "the feed-forward has a ReLU, not GELU, or neither":
+            normal(1.0, 2 / 0.841345 - 1, 1 - 2 / 0.841345, -1)},
+        "not the post-LayerNorm formula")
 
 
 @exercise(4)
@@ -297,6 +389,33 @@ def test_the_decoder_is_tied():
     assert near(after[:, :7], before[:, :7]), "head: one word's embedding changes another's logit"
 
 
+@exercise(5)
+@torch.no_grad()
+def test_the_head_by_hand():
+    """Four words whose embeddings are the axes. The dense layer makes (1, −1, 0, 0), and GELU
+    makes 0.841345 of 1 and −0.158655 of −1."""
+    head = model.MaskedLMHead(small_config(vocab_size=4, hidden_size=4, num_attention_heads=1))
+    head.dense.weight[:], head.dense.bias[:] = 0, 0
+    head.dense.weight[:2, 3] = torch.tensor([1, -1])
+    head.bias[:] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    def normal(*row):
+        return F.layer_norm(torch.tensor([row]), (4,))
+
+    bare = torch.tensor([[0.841345, -0.158655, 0, 0]])
+    right = normal(*bare[0])
+    check("head", head(torch.tensor([[0.0, 0, 1, 1]]), torch.eye(4)), right + head.bias, {
+        "the activation is a ReLU, not GELU": normal(1.0, 0, 0, 0) + head.bias,
+        "LayerNorm comes before the activation":
+            torch.tensor([[1.302986, -0.111227, 0, 0]]) + head.bias,
+        "LayerNorm is left out": bare + head.bias,
+        "the dense layer is left out": normal(0.0, 0, 1, 1) + head.bias,
+        "the activation is left out": normal(1.0, -1, 0, 0) + head.bias,
+        "the bias of each word is left out": right,
+        "the products are divided by √H: that belongs into attention": right / 2 + head.bias},
+        "not LayerNorm(GELU(W h)) Eᵀ + b")
+
+
 # --- 6: whole-word masking ------------------------------------------------------------------------
 
 SENTENCE = [0, 1, 1, 2, 3, 4, 4, 4, 5, 0]  # the word of each position, 0 for a special token
@@ -322,6 +441,16 @@ def test_no_word_is_split():
         f"and in one row {words[words != 2][:1].tolist()} are"
 
 
+@exercise(6)
+def test_a_piece_after_a_special_token_begins_a_word():
+    maskable = torch.tensor([[False, True, False, True, False]]).repeat(100, 1)
+    continuation = torch.tensor([[False, False, False, True, False]]).repeat(100, 1)
+    mask = masking.whole_word_mask(maskable, continuation, 0.5, generator())
+    assert (as_mask(mask, maskable, "whole-word").sum(1) == 1).all(), \
+        "whole-word: a \"##\" piece after a special token is a word: of that one and another " \
+        "exactly one must be masked at rate 0.5"
+
+
 # --- 7: entropy -----------------------------------------------------------------------------------
 
 @exercise(7)
@@ -340,26 +469,30 @@ def test_entropy_between_sure_and_ignorant():
 
 @exercise(8)
 def test_high_low_and_middle_by_hand():
-    entropy = torch.tensor([[9.0, 0.5, 3.0, 1.0, 4.0, 0.2, -9.0]])
-    maskable = torch.tensor([[False, True, True, True, True, True, False]])
+    entropy = torch.tensor([[9.0, 0.5, 3.0, 1.0, 8.0, 0.2, -9.0, 9.0]])
+    maskable = torch.tensor([[False, True, True, True, True, True, False, False]])
     for select, expected in (("high", [2, 4]), ("low", [1, 5]), ("middle", [1, 3])):
         got = masking.select_positions(entropy, maskable, torch.tensor([2]), select)
         got = as_mask(got, maskable, f"selections: {select}")
         taken = got[0].nonzero()[:, 0].tolist()
-        assert taken == expected, f"selections: {select} of 2 takes positions {taken}"
+        assert taken == expected, \
+            f"selections: {select} of 2 takes positions {taken}, not {expected}"
 
 
 @exercise(8)
 def test_mixed_and_sample_spend_the_budget():
     entropy, maskable = torch.arange(12.0).repeat(200, 1), rows(11, width=12).repeat(200, 1)
     for select in ("mixed", "sample"):
-        k = torch.full((200,), 6)
+        k = torch.tensor([5, 6]).repeat(100)
         got = masking.select_positions(entropy, maskable, k, select, generator())
         got = as_mask(got, maskable, f"selections: {select}")
         assert not (got & ~maskable).any(), f"selections: {select} takes what is not maskable"
-        assert (got.sum(1) == 6).all(), f"selections: {select} does not take k positions"
+        assert same(got.sum(1), k), f"selections: {select} does not take k positions"
+        assert len(got[1::2].unique(dim=0)) > 1, \
+            f"selections: {select} takes the same positions in each of 100 rows"
         if select == "mixed":
-            assert got[:, 8:11].all(), "selections: mixed does not take the k/2 most uncertain"
+            assert got[:, 9:11].all() and got[1::2, 8].all(), \
+                "selections: mixed does not take the k/2 most uncertain"
 
 
 @exercise(8)
@@ -393,9 +526,18 @@ def test_masked_entropies_are_those_of_maskable_positions():
     got = plain(masking.masked_entropy(mlm, batch, 0.3, MASK, generator()))
     assert got.shape == batch.input_ids.shape, "masked entropy: the result is not (B, L)"
     assert (got[~batch.maskable] == 0).all(), "masked entropy: not 0 off the maskable positions"
-    inside = got[batch.maskable]
-    assert (inside > 0).all() and (inside <= math.log(40) + 1e-4).all(), \
-        "masked entropy: an entropy is not between 0 and ln V: is each position counted once?"
+    for entropy in got[batch.maskable].tolist():
+        assert 0 < entropy <= math.log(40) + 1e-4, \
+            f"masked entropy: an entropy is {entropy:.4g}, not between 0 and ln V = 3.689"
+
+
+@exercise(9)
+def test_a_hidden_token_does_not_say_its_entropy():
+    """Texts of one token, which is hidden: what it is makes no difference."""
+    mlm, batch = small_mlm(), small_batch(*[1] * 20)
+    got = plain(masking.masked_entropy(mlm, batch, 0.3, MASK, generator()))[:, 1]
+    assert near(got, got[:1].expand(20)), \
+        "masked entropy: in a text of one token the entropy depends on that token: it is not hidden"
 
 
 # --- 10: self-entropy -----------------------------------------------------------------------------
@@ -419,6 +561,25 @@ def test_self_entropy_spends_the_budget():
             f"and {mask.sum(1).tolist()} are"
 
 
+@exercise(10)
+def test_self_entropy_selects_by_the_entropies_that_it_asks_for():
+    """At rate 1/2 every token is a candidate."""
+    mlm, batch = small_mlm(), small_batch(12, 8, 4)
+    for entropy_input, ids in (("masked", batch.input_ids.masked_fill(batch.maskable, MASK)),
+                               ("visible", batch.input_ids)):
+        entropy = masking.position_entropy(mlm, batch, ids, batch.maskable)
+        for select, highest in (("high", True), ("low", False)):
+            strategy = self_entropy(mlm, 0.5, entropy_input=entropy_input, entropy_select=select)
+            mask = as_mask(strategy.mask(batch, generator()), batch.maskable, "self-entropy")
+            for row, there in enumerate(batch.maskable):
+                k = int(there.sum()) // 2
+                order = sorted(there.nonzero()[:, 0].tolist(), key=lambda i: entropy[row, i],
+                               reverse=highest)
+                assert sorted(order[:k]) == mask[row].nonzero()[:, 0].tolist(), \
+                    f"self-entropy: at rate 1/2, with entropy_input {entropy_input} and " \
+                    f"entropy_select {select} it does not take the k {select}est entropies"
+
+
 # --- 11: the KD loss ------------------------------------------------------------------------------
 
 @exercise(11)
@@ -426,14 +587,42 @@ def test_kd_loss_by_hand():
     student, teacher = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
     label = torch.tensor([0])
     got = distill.kd_loss(student, teacher, label, 1.0, 1.0)
-    assert near(got, 0.1308120), "kd_loss: KL((3/4, 1/4) ‖ (1/2, 1/2)) is 0.130812, not " \
-        f"{shown(got, 0.1308120)}"
+    assert near(got, 0.1308120), "kd_loss: with α = 1 and T = 1 the loss is KL((3/4, 1/4) ‖ " \
+        f"(1/2, 1/2)) = 0.130812, not {shown(got, 0.1308120)}"
     got = distill.kd_loss(student, teacher, label, 0.25, 1.0)
     assert near(got, 0.5525635), \
-        f"kd_loss: with α = 1/4 the loss is 0.552564, not {shown(got, 0.5525635)}"
+        "kd_loss: with α = 1/4 and T = 1 the loss is 0.130812 / 4 + ln 2 · 3/4 = 0.552564, not " \
+        f"{shown(got, 0.5525635)}"
     same = torch.randn(4, 9, generator=generator())
     got = distill.kd_loss(same, same, torch.arange(4), 1.0, 2.0)
-    assert near(got, 0.0), "kd_loss: a student that equals its teacher has nothing to learn (α = 1)"
+    assert near(got, 0.0), "kd_loss: with α = 1 a student that equals its teacher has a loss of " \
+        f"0, not {shown(got, 0.0)}"
+
+
+# Of two words the first is right. With T = 3 a teacher of logits (ln 27, 0) says (3/4, 1/4) and a
+# student of logits (0, ln 64) says (1/5, 4/5); KL is their divergence. At T = 1 the student says
+# (1/65, 64/65); CE is ln 65. At α = 1/2 the loss is 1/2 · 9 KL + 1/2 CE.
+STUDENT, TEACHER, KL, CE = (0, math.log(64)), (math.log(27), 0), 0.700529, math.log(65)
+KD_MISTAKES = {
+    "the factor T² is missing": (KL + CE) / 2, "the factor is T, not T²": (3 * KL + CE) / 2,
+    "the divergence is KL(student ‖ teacher): the teacher comes first": (9 * 0.666169 + CE) / 2,
+    "the student's logits are not divided by T": (9 * 2.572331 + CE) / 2,
+    "the teacher's logits are not divided by T": (9 * 1.405851 + CE) / 2,
+    "neither side's logits are divided by T": (9 * 3.871780 + CE) / 2,
+    "T is 1, and not what is asked for": (3.871780 + CE) / 2,
+    "the divergence is a mean over words too, not a sum over words": (9 * KL / 2 + CE) / 2,
+    "the cross-entropy is divided by T as well": (9 * KL + math.log(5)) / 2,
+    "the cross-entropy is not weighted by 1 − α": (9 * KL + 2 * CE) / 2}
+
+
+@exercise(11)
+def test_kd_loss_at_another_temperature():
+    """The mean over two positions that are alike."""
+    student, teacher = (torch.tensor([side, side]) for side in (STUDENT, TEACHER))
+    got = distill.kd_loss(student, teacher, torch.tensor([0, 0]), 0.5, 3.0)
+    check("kd_loss", got, (9 * KL + CE) / 2, KD_MISTAKES | {
+        "the divergence is a sum over positions, not their mean": (18 * KL + CE) / 2},
+        f"with α = 1/2 and T = 3 the loss is 5.23957, not {shown(got, 5.23957)}")
 
 
 @exercise(11)
@@ -449,12 +638,12 @@ def test_kd_loss_without_a_teacher():
 
 @exercise(12)
 def test_saliency_by_hand():
-    gradient = torch.tensor([[[1.0, 2.0], [0.5, -1.0]]])
+    gradient = torch.tensor([[[1.0, 2.0], [-0.5, -1.0]]])
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, -1.0]])
     got = plain(masking.embedding_saliency(gradient, weight, torch.tensor([[2, 0]])))
     assert got.shape == (1, 2), f"saliency: the result is {tuple(got.shape)}, not (B, L)"
-    assert near(got, [[1.0, 0.5]]), "saliency: not ∂L/∂onehot(x_i)[v] at v = token_ids_i: " \
-        f"{[round(x, 3) for x in got[0].tolist()]}, not [1.0, 0.5]"
+    assert near(got, [[1.0, -0.5]]), "saliency: not ∂L/∂onehot(x_i)[v] at v = token_ids_i: " \
+        f"{[round(x, 3) for x in got[0].tolist()]}, not [1.0, -0.5]"
 
 
 # --- 13: Typhoon's average ------------------------------------------------------------------------
@@ -475,6 +664,21 @@ def test_two_updates_by_hand():
         f"average: after two updates they are {plain(typhoon.weight).tolist()}, not [0, 2.5, -5, 0]"
 
 
+@exercise(13)
+def test_a_step_of_two_batches_by_hand():
+    """Type 1 is visible with dots 2 and 4, one in each batch, and masked with 7."""
+    typhoon = masking.Typhoon(torch.tensor([0, 2]), rate=0.25)
+    every = torch.ones(1, 2, dtype=torch.bool)
+    typhoon.accumulate(torch.tensor([[1]]), torch.tensor([[2.0]]), every[:, :1])
+    typhoon.accumulate(torch.tensor([[1, 1]]), torch.tensor([[4.0, 7.0]]), every,
+                       torch.tensor([[False, True]]))
+    typhoon.step()
+    check("average", typhoon.weight, [0, -3 + 7], {
+        "one mean over visible and masked tokens, not the sum of two": [0, 1 / 3],
+        "only the last batch of a step counts": [0, -4 + 7]},
+        f"after a step of two batches the weights are {plain(typhoon.weight).tolist()}, not [0, 4]")
+
+
 # --- 14: Typhoon's rates --------------------------------------------------------------------------
 
 def typhoon_with(weight, seen, counts, rate, spread):
@@ -489,9 +693,10 @@ def typhoon_with(weight, seen, counts, rate, spread):
 def test_rates_by_hand():
     rates = masking.Typhoon(torch.tensor([3, 4, 5]), 0.3).rates()
     assert near(rates, [0.3, 0.3, 0.3]), "rates: before any update every type has the rate"
-    typhoon = typhoon_with([4.0, 0.0, 2.0, 0.0], [True, True, True, False], [4, 2, 2, 2], 0.3, 0.5)
-    got = plain(typhoon.rates())  # u = 1, 1/2, 3/4 and 1; Σ f u = 0.85
-    expected = [0.3 / 0.85 * u for u in (1, 0.5, 0.75, 1)]
+    typhoon = typhoon_with([-1.0, -5.0, -3.0, 0.0], [True, True, True, False], [4, 2, 2, 2], 0.3,
+                           0.6)
+    got = plain(typhoon.rates())  # u = 1, 0.4, 0.7 and 1; Σ f u = 0.82
+    expected = [0.3 / 0.82 * u for u in (1, 0.4, 0.7, 1)]
     assert near(got, expected), f"rates: {[round(x, 4) for x in got.tolist()]}, " \
         f"not {[round(x, 4) for x in expected]}"
 
@@ -505,7 +710,7 @@ def test_the_expected_rate_is_the_budget():
         assert rates.min() >= 0 and rates.max() <= 1, "rates: a rate is not between 0 and 1"
         expected = (rates * counts / counts.sum()).sum()
         assert near(expected, rate), f"rates: the expected rate Σ f r is {expected:.4f}, not " \
-            f"{rate}: what the cap at 1 cuts off must be given back to the others"
+            f"{rate}, and {(rates == 1).sum()} of the 50 rates are at the cap of 1"
 
 
 # --- 15: one training step ------------------------------------------------------------------------
@@ -525,6 +730,17 @@ def small_trainer(kd=False, strategy=masking.Random, texts=(14, 9, 11, 14), type
     trainer = train.Trainer(student, corpus, strategy(context), train.Recipe(**numbers), teacher)
     trainer.seed(0)
     return trainer, corpus.batch(torch.arange(len(texts)))
+
+
+@contextmanager
+def world_of(ranks):
+    """Pretends that there are so many data-parallel ranks."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(ranks)
+    try:
+        yield
+    finally:
+        os.environ.pop("WORLD_SIZE") if before is None else os.environ.update(WORLD_SIZE=before)
 
 
 def half_of(batch):
@@ -547,8 +763,8 @@ def test_two_micro_batches_are_one_batch():
         gradients.append([p.grad for p in trainer.model.parameters()])
     assert all(p is not None for p in gradients[0]), "step: some parameter has no gradient"
     assert near(losses[0], losses[1], 1e-4), \
-        "step: the losses of two micro-batches do not add up to the loss of one batch: return " \
-        "the sum over the masked positions, and corrupt as the recipe says"
+        f"step: the losses of two micro-batches add up to {shown(losses[1], losses[0])}, and the " \
+        f"loss of one batch with both is {shown(losses[0], losses[1])}"
     assert all(near(a, b, 1e-4) for a, b in zip(*gradients)), \
         "step: the gradients of two micro-batches do not add up to those of one batch"
 
@@ -564,6 +780,60 @@ def test_the_teacher_stays_out_of_the_gradients():
         "step: the teacher has gradients"
 
 
+def says(mlm, logits):
+    """Changes a model, in place: whatever it reads, these are its logits for words 5 and 6, and no
+    other word is possible."""
+    mlm.bert.embeddings.word_embeddings.weight.data[:] = 0
+    mlm.head.bias.data[:] = -1e4
+    mlm.head.bias.data[5:7] = torch.tensor(logits)
+
+
+@exercise(15)
+def test_the_loss_and_the_gradient_of_a_step_by_hand():
+    """Student and teacher say what they say in exercise 11's check; the right word is always 5."""
+    for kd_weight in (0.0, 0.5):
+        trainer, batch = small_trainer(kd=True, kd_temperature=3.0)
+        batch.input_ids = batch.input_ids.masked_fill(batch.maskable, 5)
+        says(trainer.model, STUDENT)
+        says(trainer.teacher, TEACHER)
+        mask = half_of(batch)
+        N, each = mask.sum(), (9 * KL + CE) / 2 if kd_weight else CE
+        with world_of(2):
+            loss = trainer.micro_step(batch, mask, 4 * N, kd_weight)
+        mistakes = KD_MISTAKES | {
+            "a temperature of 2, whatever the recipe has": (4 * 1.419654 + CE) / 2,
+            "the labels count alone": CE, "the labels do not count: α is 1": 9 * KL,
+            "kd_weight is the recipe's, and not the argument": 0.9 * 9 * KL + 0.1 * CE}
+        check("step", loss, N * each, {words: N * value for words, value in mistakes.items()} | {
+            "the loss is the mean over the masked positions: return their sum": each},
+            "the loss is not exercise 11's, summed over the masked positions")
+    # With the logit of word 6 a position's loss grows by α T (4/5 − 1/4) + (1 − α) 64/65.
+    slope = (3 * (4 / 5 - 1 / 4) + 64 / 65) / 2
+    check("step", trainer.model.head.bias.grad[6], 2 * slope / 4, {
+        "the factor world_size() is missing: ranks are averaged": slope / 4,
+        "the gradient is divided by world_size()": slope / 8,
+        "the loss is divided by this micro-batch's masked positions, not by masked_in_all":
+            2 * slope,
+        "the loss is not divided by masked_in_all": 2 * slope * N},
+        "the gradient is not that of loss · world_size() / masked_in_all")
+
+
+@exercise(15)
+def test_nobody_reads_the_hidden_tokens():
+    """Every masked token becomes [MASK], and at kd_weight 1 its label does not count."""
+    for reader in ("model", "teacher"):
+        losses = []
+        for hidden in (5, 6):
+            trainer, batch = small_trainer(kd=True, corruption=(1, 0, 0))
+            if reader == "model":
+                says(trainer.teacher, TEACHER)
+            mask = half_of(batch)
+            batch.input_ids = batch.input_ids.masked_fill(mask, hidden)
+            losses.append(trainer.micro_step(batch, mask, mask.sum(), 1.0))
+        assert near(*losses), "step: with other tokens under the masks the divergence is " \
+            f"another: the {reader} reads the text before corruption"
+
+
 # --- 16: Matthews' correlation --------------------------------------------------------------------
 
 @exercise(16)
@@ -577,7 +847,12 @@ def test_matthews_by_hand():
     assert near(glue.matthews(labels, labels), 1.0), "matthews: all right must be 1"
     assert near(glue.matthews(1 - labels, labels), -1.0), "matthews: all wrong must be −1"
     assert near(glue.matthews(np.ones(10, int), labels), 0.0), \
-        "matthews: a constant prediction must be 0"
+        "matthews: a constant prediction must give 0"
+    assert near(glue.matthews(predictions, np.ones(10, int)), 0.0), \
+        "matthews: labels that are all equal must give 0"
+    got = glue.matthews(np.array([5, 6, 7, 7]), np.array([5, 6, 7, 6]))
+    assert near(got, 0.7), "matthews: of predictions 5, 6, 7, 7 and labels 5, 6, 7, 6 it is 0.7, " \
+        f"not {shown(got, 0.7)}"
 
 
 # --- 17: the paired t test and its interval -------------------------------------------------------
@@ -598,6 +873,10 @@ def test_students_own_data():
     assert near([low, high], [-2.4598858, -0.7001142], 1e-4), \
         "interval: of Student's sleep data it is [-2.45989, -0.700114], not " \
         f"[{shown(low, -2.4598858)}, {shown(high, -0.7001142)}]"
+    low, high = stats.confidence_interval([x - y for x, y in zip(*SLEEP)], 0.9)  # t* is 1.833113
+    assert near([low, high], [-2.2930053, -0.8669947], 1e-4), \
+        "interval: of Student's sleep data at level 0.9 it is [-2.29301, -0.866995], not " \
+        f"[{shown(low, -2.2930053)}, {shown(high, -0.8669947)}]"
 
 
 # --- 18: Holm -------------------------------------------------------------------------------------
@@ -609,7 +888,8 @@ def test_holm_by_hand():
     assert near(got, [0.03, 0.06, 0.06, 0.02]), \
         f"holm: 0.01, 0.04, 0.03, 0.005 become {[round(p, 4) for p in got.tolist()]}, " \
         "not 0.03, 0.06, 0.06, 0.02"
-    assert near(stats.holm([0.7, 0.6]), [1.0, 1.0]), "holm: an adjusted p is above 1"
+    got = plain(stats.holm([0.7, 0.6]))
+    assert near(got, [1.0, 1.0]), f"holm: 0.7, 0.6 become {got.tolist()}, not 1, 1"
     assert len(stats.holm([])) == 0, "holm: of no p-values there are none"
 
 
@@ -622,7 +902,7 @@ def test_resampled_scores_by_their_mean():
     assert got.shape == (2000,), f"bootstrap: {tuple(got.shape)} scores, not (R,)"
     assert abs(got.mean() - 1.25) < 0.1 and abs(got.std() - values.std() / 2) < 0.06, \
         "bootstrap: the mean of 4 resampled examples must have mean 1.25 and sd 0.82, not " \
-        f"{got.mean():.2f} and {got.std():.2f}: draw as many as there are, with replacement"
+        f"{got.mean():.2f} and {got.std():.2f}"
     again = stats.resampled_scores(np.mean, values + 1, resamples=2000, seed=1)
     assert near(again, got + 1), "bootstrap: the same seed does not draw the same examples"
 
@@ -634,6 +914,18 @@ def test_an_interval_without_any_spread():
         "bootstrap: where a − b is 0.25 everywhere, the interval is [0.25, 0.25]"
     assert plain(stats.multi_bootstrap(a[:1], b[:1])).isnan().all(), \
         "bootstrap: one seed must give (nan, nan)"
+
+
+@exercise(19)
+def test_an_interval_by_hand():
+    """a − b is 0 with one seed and 1 with the other, and 10 more in every second column: two drawn
+    seeds have a mean of 0, 1/2 or 1 in a quarter, a half and a quarter of the columns."""
+    b = np.array([[0.0], [100.0]]) + np.zeros((2, 4000))
+    a = b + [[0.0], [1.0]] + 10 * (np.arange(4000) % 2)
+    for level, expected in ((0.6, [0.5, 10.5]), (0.9, [0.0, 11.0])):
+        got = plain(stats.multi_bootstrap(a, b, level=level))
+        assert near(got, expected), f"bootstrap: the interval at level {level} is " \
+            f"{[round(x, 3) for x in got.tolist()]}, not {expected}"
 
 
 # --- 20: Typhoon from the task's labels -----------------------------------------------------------
@@ -665,3 +957,42 @@ def test_the_head_learns_from_the_labels_and_the_encoder_does_not():
     assert all(p.requires_grad for p in after), "task: it freezes what the masked LM trains"
     assert all(p.grad is None or not p.grad.any() for p in after), \
         "task: gradients are left behind, which the masked LM's step would use"
+
+
+@exercise(20)
+def test_the_saliency_is_a_slope():
+    """When the embeddings of the ordinary words grow, the loss changes by the sum of −s over their
+    tokens, which were all seen."""
+    for labels in ([0, 2, 1, 0], [0.5, 4.0, 2.5, 1.0]):
+        strategy, batch = small_task(labels)
+        batch.index = torch.tensor([2, 0, 1, 3])  # the batch holds the texts in another order
+        words, losses = strategy.probe.bert.embeddings.word_embeddings.weight, []
+        before = words.detach().clone()
+        for growth in (0.99, 1.01):
+            words.data[5:] = before[5:] * growth
+            logits = strategy.probe(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+            losses.append(glue.task_loss(logits, strategy.labels[batch.index]).item())
+        words.data[:] = before
+        strategy.learn_from_labels(batch)
+        assert not strategy.typhoon.totals[1, 40:].any(), \
+            "task: tokens count as masked: the model saw every one"
+        slope, got = (losses[1] - losses[0]) / 0.02, -strategy.typhoon.totals[0].sum()
+        check("task", got, slope, {"the sign of the gradient is turned": -slope,
+                                   "the loss is a sum over the texts, not their mean": 4 * slope},
+              f"the average does not get the gradient of task_loss: a slope of {got:.4f}, not "
+              f"{slope:.4f}", 1e-2)
+
+
+# --- 21: the milestone ----------------------------------------------------------------------------
+
+@exercise(21)
+def test_the_run_beats_word_frequencies():
+    folder = Path(__file__).resolve().parent.parent / "milestone"
+    if not folder.is_dir():
+        pytest.skip("there is no folder milestone here")
+    path = folder / "exam.json"
+    assert path.is_file(), "milestone: exam.json is not there: the run is not over, or not begun"
+    record = json.loads(path.read_text())
+    frequency, loss = (-record[name]["log_likelihood"] for name in ("baseline", "last"))
+    assert loss < frequency, f"milestone: this model's loss is {loss:.2f}, not below that of " \
+        f"word-piece frequency alone, {frequency:.2f}: it learnt nothing of the context"
