@@ -97,13 +97,14 @@ def write_band(runs: list[Path]):
     differ in one of SETTINGS."""
     records = [read_json(run / "exam.json") for run in runs]
     settings = [{name: record["args"].get(name) for name in SETTINGS} for record in records]
+    frequency = -records[0]["baseline"]["log_likelihood"]
     for run, other in zip(runs, settings):
         if other != settings[0]:
             raise InputError(f"{run} has other settings than {runs[0]}: give runs that differ in "
                              "their seed alone")
     lines = [{"seed": record["seed"]} | {name: record["last"][name] for name in PYTHONS}
              for record in records]
-    found = {"settings": settings[0], "runs": lines}
+    found = {"settings": settings[0], "frequency_alone": frequency, "runs": lines}
     write_atomic(FIGURES, json.dumps(found, indent=1) + "\n")
     print(band_table())
 
@@ -114,10 +115,12 @@ def band_table() -> str:
     if not found:
         return "(The expected figures are not there yet: your lecturer has them.)"
     lines = ["| the exam's \"this model\" | the reference, over seeds | yours |", "|---|---|---|"]
+    frequency = read_json(FIGURES)["frequency_alone"]
     mean, sd, low, high = (abs(x) for x in found["log_likelihood"])
     lines.append(f"| loss (nats) | {mean:.2f} ± {sd:.2f} | {high:.2f} to {low:.2f} |")
     mean, sd, low, high = (100 * x for x in found["accuracy"])
-    lines.append(f"| accuracy | {mean:.1f}% ± {sd:.1f} | {low:.1f}% to {high:.1f}% |")
+    lines += [f"| accuracy | {mean:.1f}% ± {sd:.1f} | {low:.1f}% to {high:.1f}% |",
+              f"| loss of \"word-piece frequency alone\" | {frequency:.2f} | about the same |"]
     return "\n".join(lines)
 
 
@@ -190,6 +193,10 @@ def item(text: str) -> str:
 
 def assignment(exercises: list, solved: list) -> str:
     """Returns ASSIGNMENT.md."""
+    files = ", ".join(FILES) + ", milestone/exam.json" * (MILESTONE in exercises)
+    hand_in = item(f"Hand in {files}; not baseline_2023.py. Only the named functions count, and "
+                   "what they use of your own: imports, functions, classes and constants at the "
+                   "top level of the same file, and methods of the same class.")
     parts = [f"""# Assignment
 
 {sum(e.points for e in exercises)} points. Most exercises are one to three functions without bodies;
@@ -198,13 +205,12 @@ their docstrings give shapes, units and errors. Write a body where it says
 "{NOT_SET}" stays blank.
 
 Check yourself with the public part of an exercise's checks, `python -m pytest -m exercise_6` for
-exercise 6. The grader has further checks: of probabilities, of extreme inputs, of what is passed
-on. It grades each exercise by itself, in a working implementation: a mistake in one costs no point
-in another. Your own checks of an exercise fail until those under "Builds on" are written.
+exercise 6. The grader has further checks: of probabilities, of extreme inputs, of gradients, of
+what is passed on. It grades each exercise by itself, in a working implementation: a mistake in one
+costs no point in another. Your own checks of an exercise fail until those under "Builds on" are
+written.
 
-- Hand in the six .py files, and for exercise {MILESTONE.number} its run. Only the named functions
-  count, and what they use of your own: imports, functions, classes and constants at the top level
-  of the same file, and methods of the same class.
+{hand_in}
 - The type of a number costs no point: Python's, numpy's or torch's, of any precision that is
   enough, in a list, a tuple or an array.
 - Random numbers come from the `generator` that a function is given. No check asks for one
@@ -246,10 +252,11 @@ def described(exercise, here: list, lecturer: bool = False) -> str:
     known = {e.number for e in here}
     missing = [str(number) for number in exercise.builds_on if number not in known]
     if missing and not lecturer:
-        lines.append(f"This hand-out does not set {', '.join(missing)}. Until those are written, by "
-                     "you (without points) or by your lecturer, what runs them stops with 'is not "
-                     "set in this hand-out'; the grader uses its own.")
+        lines.append(f"This hand-out does not set {', '.join(missing)}. Until those are written, "
+                     "by you (without points) or by your lecturer, what runs them stops with 'is "
+                     "not set in this hand-out'; the grader uses its own.")
     if isinstance(exercise, Milestone):
+        lines += ["", f"Check the run: `python -m pytest -m exercise_{exercise.number}`"]
         return "\n".join(lines)
     if exercise.forbidden:
         calls = ", ".join(f"`{name}`" for name in exercise.forbidden)
@@ -304,7 +311,7 @@ def handout_texts(exercises: list, solved: list) -> dict[str, str]:
             bodies[file][name] = blank(mark, exercise.docstrings.get(name, ""))
     texts = {file: rewritten(file, new) for file, new in bodies.items()}
     texts |= {name: (ROOT / name).read_text() for name in ("requirements.txt", "LICENSE")}
-    markers = "".join(f"    exercise_{e.number}: {e.title}\n" for e in EXERCISES)
+    markers = "".join(f"    exercise_{e.number}: {e.title}\n" for e in (*EXERCISES, MILESTONE))
     texts["pytest.ini"] = f"[pytest]\ntestpaths = tests\npythonpath = .\nmarkers =\n{markers}"
     gallery = EXERCISES_DIR / "strategies"
     example = textwrap.indent((gallery / "falling_rate.py").read_text(), "    ")
@@ -376,7 +383,7 @@ def written(exercise: Exercise, tree: ast.Module) -> list[str]:
 def fault(exercise: Exercise, path: Path) -> str | None:
     """Returns what is wrong with an exercise of a student's file before it is run, or None."""
     if not path.is_file():
-        return f"{exercise.file} is not there: hand in all six files"
+        return f"{exercise.file} is not there: hand it in too"
     tree, problems = parse(path.read_bytes())
     for name in exercise.functions:
         if find(tree, name) is None:

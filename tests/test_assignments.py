@@ -1,6 +1,8 @@
 """Every wrong solution loses its points and no right one does; the hand-out holds no solution."""
 import ast
+import importlib
 import json
+import operator
 import shutil
 import subprocess
 import sys
@@ -103,6 +105,27 @@ def test_list_prints_a_line_for_each_exercise(capsys):
     assignments.main(["list", "22", "27"])
     text = capsys.readouterr().out
     assert "(q_v − p_v) / T" in text and "compared with the plain rate" in text
+
+
+def test_builds_on_names_the_exercises_that_a_students_own_checks_call():
+    """The reference's functions are watched while the public checks run."""
+    owner, found = {}, set()
+    for exercise in EXERCISES:
+        for file, name in exercise.places:
+            function = operator.attrgetter(name)(importlib.import_module(Path(file).stem))
+            owner[function.__code__] = exercise.number
+
+    def watch(frame, event, argument):
+        if event == "call" and frame.f_code in owner:
+            found.add(owner[frame.f_code])
+
+    for exercise in EXERCISES:
+        found.clear()
+        for public_check in public_checks(exercise.number):
+            sys.setprofile(watch)
+            public_check()
+            sys.setprofile(None)
+        assert sorted(found) == [*exercise.builds_on, exercise.number], exercise.title
 
 
 # --- wrong and right solutions --------------------------------------------------------------------
@@ -274,7 +297,8 @@ def test_a_hand_out_of_some_exercises(tmp_path):
     assignment = (tmp_path / "new" / "ASSIGNMENT.md").read_text()
     headings = [line for line in assignment.splitlines() if line.startswith("## ")]
     assert headings == ["## 7. Entropy", "## 10. Self-entropy", "## 25. A strategy of your own"]
-    assert "This hand-out does not set 1." in assignment
+    assert "This hand-out does not set 1, 3, 4, 5." in assignment
+    assert "milestone/exam.json" not in assignment
     assert assignment.count("This hand-out does not set") == 1
 
 
@@ -304,6 +328,8 @@ def test_the_assignment_says_what_a_student_needs(students):
                        *exercise.functions, *exercise.forbidden,
                        f"python -m pytest -m exercise_{exercise.number}`"):
             assert needed in part
+    hand_in = " ".join(text.split("- Hand in ")[1].split(". Only")[0].split())
+    assert hand_in == ", ".join([*FILES, "milestone/exam.json; not baseline_2023.py"])
 
 
 @pytest.mark.slow
@@ -424,7 +450,7 @@ def test_what_cannot_be_read_costs_its_own_exercise(student):
         1: f"masking.py, line {where['return (rate']}: '(' was never closed",
         14: f"masking.py, line {where['if rate = 1:']}: invalid syntax. Maybe you meant '==' or "
             "':=' instead of '='?",
-        11: "distill.py is not there: hand in all six files",
+        11: "distill.py is not there: hand it in too",
         16: "glue.py, line 4: invalid syntax",
         18: "stats.py has no function holm"}
 
@@ -503,7 +529,9 @@ def test_the_band_is_a_prediction_interval_and_what_python_shifts(figures):
     mean, sd, low, high = assignments.bands()["log_likelihood"]
     assert (mean, sd) == (pytest.approx(-4.5), pytest.approx(0.015811, abs=1e-6))
     assert (high - low) / 2 == pytest.approx(4.6041 * 0.015811 * 1.095445 + 0.1, abs=1e-5)
-    assert "| loss (nats) | 4.50 ± 0.02 | 4.32 to 4.68 |" in assignments.band_table()
+    table = assignments.band_table()
+    assert "| loss (nats) | 4.50 ± 0.02 | 4.32 to 4.68 |" in table
+    assert '| loss of "word-piece frequency alone" | 6.00 |' in table
 
 
 def test_a_student_checks_the_run(figures, student, monkeypatch):

@@ -59,7 +59,8 @@ uniform over the ordinary word pieces: those from 0 to `vocab_size` − 1 that a
 In each head softmax(Q Kᵀ / √d) V, where d is the width of one head; the heads side by side, then
 the output layer. `key_mask` is True where a key may be read; a hidden key has weight 0. Dropout
 falls on the attention weights, in training alone. `query_hidden` (B, K, H) asks and `hidden`
-(B, L, H) answers: the same tensor in most layers, and K positions of it in the last.""",
+(B, L, H) answers: the same tensor in most layers, and K positions of it in the last. Every row has
+a key that may be read. The class's `fused` is for the course's own solution: let it be.""",
         8, 90, 2, (
             "Bring q, k and v to (B, heads, tokens, d) first.",
             "With all scores equal the result must be the mean of the values.",
@@ -91,7 +92,7 @@ with the word embeddings E as the decoder (tied weights). Only 15% of the positi
             "The encoder can be given columns to compute alone (`queries`); a right result without "
             "that saving has full points.",
             "Pass everything on: attention_mask, token_type_ids, inputs_embeds."),
-        builds_on=(4,)),
+        builds_on=(3, 4)),
     Exercise(
         6, "Whole-word masking", "masking.py", ("whole_word_mask",),
         "BERT's whole-word masking (2019), [T]'s second baseline; counting words is ours", """
@@ -146,7 +147,7 @@ group is masked in turn: that many passes. Returns every position's entropy in t
 0 off the maskable positions.""", 6, 60, 2, (
             "`position_entropy` is given: one pass, for some of the positions.",
             "A random order and a remainder make groups of equal size."),
-        builds_on=(7,)),
+        builds_on=(3, 4, 5, 7)),
     Exercise(
         10, "Self-entropy", "masking.py", ("SelfEntropy.mask",),
         "[E], self-masking; drawing candidates is ours", """
@@ -155,7 +156,7 @@ each row, 2k candidates drawn uniformly, all of them masked, one pass, and of th
 `self.select` (exercise 8). With "visible": one pass over the text as it is, and k of all maskable
 positions. The model's mode, its gradients and the batch stay as they were.""", 5, 45, 2, (
             "k is drawn once: the candidates are twice that k.",),
-        builds_on=(1, 8)),
+        builds_on=(1, 3, 4, 5, 7, 8)),
     Exercise(
         11, "The distillation loss", "distill.py", ("kd_loss",),
         "Hinton et al. 2015 §2; DistilBERT §3", """
@@ -210,14 +211,14 @@ batch, as a single process would."""}),
         "[T]: calibration to a budget; giving back what the cap at 1 cuts off is ours", """
     r(v) = min(1, c u(v)),  u(v) = 1 − σ + σ ŵ(v),  Σ_v f(v) r(v) = rate
 
-where ŵ is w scaled to [0, 1] over the types seen, and 1 for a type not seen yet; where all weights
-are equal, ŵ is 1. f is the frequency of a type in the corpus. Find c: what the cap cuts off one
-type is given back to all others, whose rates stay in proportion to u.""", 7, 90, 3, (
+where ŵ is w, exercise 13's average, scaled to [0, 1] over the types seen, and 1 for a type not seen
+yet; where all weights are equal, ŵ is 1. f is the frequency of a type in the corpus. Find c: what
+the cap cuts off one type is given back to all others, whose rates stay in proportion to u.""",
+        7, 90, 3, (
             "Without the cap c has a closed form.",
             "With it: the expected rate grows with c, so c can be bracketed; or order the types by "
             "u and ask which of them are capped.",
-            "Giving back once may push other types over 1."),
-        builds_on=(13,)),
+            "Giving back once may push other types over 1.")),
     Exercise(
         15, "One training step", "train.py", ("Trainer.micro_step",),
         "BERT §3.1; the teacher's input is ours", """
@@ -227,20 +228,23 @@ the masked positions, with the batch's attention_mask and token_type_ids, and ma
 
     world_size() · (sum of the loss over this micro-batch's masked positions) / masked_in_all
 
-The loss is exercise 11's, with α = `kd_weight` and the recipe's temperature. Returns that sum,
+The loss is exercise 11's, with α = `kd_weight` and the recipe's temperature. Returns its sum,
 without a graph. If the strategy `wants_gradient`, calls `observe(batch, unseen, gradient)`:
-`unseen` is True where the model did not see the token itself, and the gradient is that of the
-sum / masked_in_all at the word embeddings that went in. The model runs as `self.parallel`, which
-averages gradients over ranks; both models run under `self.autocast()`; the teacher has no
-gradients. Where nothing is masked the loss is 0 and every parameter has a
-gradient of 0.""",
+
+- `unseen` is True where a masked token was changed; one that corruption kept is seen;
+- `gradient` is that of sum / masked_in_all, without world_size(), with respect to the word
+  embeddings that went in.
+
+The model runs as `self.parallel`, which averages gradients over ranks; both models run under
+`self.autocast()`; the teacher has no gradients. Where nothing is masked the loss is 0 and every
+parameter has a gradient of 0.""",
         10, 120, 3, (
             "Two micro-batches must give the gradients of one large batch, whatever each masks.",
             "Give the model `inputs_embeds`, and keep their gradient; `query_positions(mask)` is "
             "what it takes as positions.",
             "`self.parallel` averages gradients over ranks; masked_in_all counts over all.",
             "The mean of no numbers is nan."),
-        builds_on=(2, 5, 11), cut=("masking.py:feed",)),
+        builds_on=(2, 3, 4, 5, 11), cut=("masking.py:feed",)),
     Exercise(
         16, "Matthews' correlation", "glue.py", ("matthews",), "Gorodkin 2004; GLUE's CoLA", """
     R_K = cov(X, Y) / √(cov(X, X) cov(Y, Y))
@@ -305,7 +309,7 @@ The encoder learns nothing from the labels: its weights stay, no gradient is lef
 of it is frozen.""", 6, 50, 2, (
             "`loss.backward(inputs=[...])` computes the gradients of these tensors alone.",
             "The probe takes `inputs_embeds`. What must they be, to have a gradient of their own?"),
-        builds_on=(12, 13)),
+        builds_on=(3, 4, 12, 13)),
 )
 
 
@@ -330,9 +334,13 @@ English from the documentation that ships with Python, in some minutes on two co
 
     {COMMAND}
 
-Hand in the folder `milestone` as well; its exam.json is enough. The exam masks 15% of a held-out
-text at random, for everybody alike. A loss that stays where word frequencies alone bring it means
-that the model learnt nothing of the context: a mask, a gradient or a target is wrong.""",
+The exam at its end masks 15% of a held-out text at random, for everybody alike. A model whose loss
+is not below that of "word-piece frequency alone" learnt nothing of the context: a mask, a gradient
+or a target is wrong. Once "this model" is below it, hand in milestone/exam.json; the rest of that
+folder is not needed.
+
+After a crash or Ctrl-C, `python train.py --resume milestone` goes on from the last checkpoint. To
+begin again, as after every change of your code, empty the folder first.""",
     10, 30, (1, 2, 3, 4, 5, 7, 11, 15))
 
 
