@@ -228,11 +228,11 @@ the masked positions, with the batch's attention_mask and token_type_ids, and ma
 
     world_size() · (sum of the loss over this micro-batch's masked positions) / masked_in_all
 
-The loss is exercise 11's, with α = `kd_weight` and the recipe's temperature. Returns its sum,
-without a graph. If the strategy `wants_gradient`, calls `observe(batch, unseen, gradient)`:
+The loss is exercise 11's, with α = `kd_weight` and the recipe's temperature. Returns the sum of the
+loss, without a graph. If the strategy `wants_gradient`, calls `observe(batch, unseen, gradient)`:
 
 - `unseen` is True where a masked token was changed; one that corruption kept is seen;
-- `gradient` is that of sum / masked_in_all, without world_size(), with respect to the word
+- `gradient` is that of the sum / masked_in_all, without world_size(), with respect to the word
   embeddings that went in.
 
 The model runs as `self.parallel`, which averages gradients over ranks; both models run under
