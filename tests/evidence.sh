@@ -28,7 +28,7 @@ strategies)
     python stats.py report runs/strategies --against random
     ;;
 start)
-    $sweep --tasks mlm --models 'runs/{masking}-{seed}' --out runs/start \
+    $sweep --tasks mlm --models 'runs/{masking}-{seed}' --out runs/start --seeds 0 1 2 \
         --strategies random plain-random='--masking random --plain-start' --pretrain '--device cpu'
     python stats.py report runs/start
     ;;

@@ -205,8 +205,9 @@ def test_every_percentage_is_the_accuracy_of_the_strategy_before_it(page):
 
 
 def test_so_many_seeds_would_find_half_a_point_of_glue():
-    effect, count = re.search(r"english --effect ([\d.]+)` counts how many seeds would: (\d+) for "
-                              r"`entropy` against `random`", " ".join(FINDINGS.split())).groups()
+    effect, count = re.search(r"english --effect ([\d.]+)` says how many seeds would find this: "
+                              r"(\d+) for `entropy` against `random`",
+                              " ".join(FINDINGS.split())).groups()
     said = differences("english")["entropy − random, mean of 4 tasks"]["difference"]
     _, low, high = map(float, re.findall(r"[-+][\d.]+", said))
     sd = (high - low) / 2 * math.sqrt(3) / 4.3027  # Student's t at 2 degrees of freedom
@@ -262,7 +263,7 @@ def test_the_first_commands_kept_runs_have_todays_defaults():
 
 
 @PAGES
-@pytest.mark.parametrize("folder", ["strategies", "start-tiny"])
+@pytest.mark.parametrize("folder", ["strategies", "start"])
 def test_a_page_says_so_where_its_runs_have_older_settings(page, folder):
     defaults = vars(train.parse_args([]))
     runs = [json.loads(path.read_text())["args"] for path in (RESULTS / folder).glob("*.json")]
@@ -302,9 +303,15 @@ def test_the_larger_models_are_below_the_constant_answer_on_mrpc():
     assert said in " ".join(FINDINGS.split())
 
 
+def runs_of_the_defaults() -> dict[str, list[dict]]:
+    """The teachers and the entropy models of the table of strategies, five seeds each."""
+    return json.loads((RESULTS / "first-command" / "defaults.json").read_text())["runs"]
+
+
 def test_the_table_of_the_defaults_is_that_of_its_runs():
     runs = {name.removeprefix("--vocab-size 4096 --batch-size 16 "): seeds
             for name, seeds in kept_on_the_gpu("defaults")["runs"].items()}
+    runs |= runs_of_the_defaults()
     table, = [table for table in tables(FINDINGS) if "options" in table[0]]
     for row in table:
         seeds = runs.pop(row["options"].strip("`"))
@@ -317,6 +324,23 @@ def test_the_table_of_the_defaults_is_that_of_its_runs():
         assert row["mean sd"] == f"{statistics.mean(sd):.2f}"
         assert row["mean Spearman"] == f"{statistics.mean(spearman):.2f}"
     assert not runs  # none is left out
+
+
+def test_the_defaults_on_a_cpu_are_those_of_the_strategies():
+    teachers, students = runs_of_the_defaults().values()
+    kept = [json.loads((RESULTS / "strategies" /
+                        f"mlm--runs-masking-seed--entropy--{seed}.json").read_text())["last"]
+            for seed in range(5)]
+    assert [run["accuracy"] for run in students] == [run["accuracy"] for run in kept]
+    low, high = (end(run["accuracy"] for run in teachers) for end in (min, max))
+    assert f"({low:.3f} to {high:.3f} over five seeds)" in " ".join(FINDINGS.split())
+
+
+def test_berts_own_exam_is_the_measured_one():
+    plain = json.loads((RESULTS / "bert-exam.json").read_text())["runs/plain-random-0"]
+    said = (f"0.1 + 0.9 · {plain['frequency']:.3f} = {plain['copying']:.3f}; `plain-random` (seed "
+            f"0), which has {plain['ours']:.3f} on our exam, has {plain['bert']:.3f} on BERT's")
+    assert said in " ".join(FINDINGS.split())
 
 
 def test_the_speed_on_the_gpu_is_the_measured_one():
