@@ -29,7 +29,8 @@ def both_exams(run: str) -> dict[str, float]:
     _, windows, _ = train.tokenised_windows(args, tokenizer)
     vocab = train.Vocab(tokenizer, model.config.vocab_size, torch.device("cpu"))
     training, held_out = (train.Texts(windows[part], vocab) for part in ("train", "held_out"))
-    exam, generator = train.Exam(held_out, training.token_counts()), torch.Generator().manual_seed(0)
+    exam = train.Exam(held_out, training.token_counts())
+    generator = torch.Generator().manual_seed(0)
     right, kept = [], []
     for batch, mask in exam.questions:
         read, _ = corrupt(batch.input_ids, mask, vocab.mask_id, vocab.size, (0.8, 0.1, 0.1),
