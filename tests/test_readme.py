@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import assignments
+import curves
 import glue
 import masking
 import pytest
@@ -264,13 +265,53 @@ def test_the_first_commands_kept_runs_have_todays_defaults():
 
 
 @PAGES
-@pytest.mark.parametrize("folder", ["strategies", "start"])
+@pytest.mark.parametrize("folder", ["strategies", "start", "local", "plain"])
 def test_a_page_says_so_where_its_runs_have_older_settings(page, folder):
     defaults = vars(train.parse_args([]))
     runs = [json.loads(path.read_text())["args"] for path in (RESULTS / folder).glob("*.json")]
     older = any(run[name] != defaults[name] for run in runs for name in SETTINGS)
     said = "made before the exam and the default settings were changed" in " ".join(page.split())
     assert said == older
+
+
+# --- the plateau ----------------------------------------------------------------------------------
+
+def test_the_picture_of_the_plateau_is_that_of_its_points(tmp_path):
+    """And the points' last exams are those of the kept runs."""
+    panels = json.loads((RESULTS / "curves.json").read_text())
+    assert curves.draw(panels) == (RESULTS / "curves.svg").read_text()
+    for folder, panel in panels.items():
+        for strategy, seeds in panel["curves"].items():
+            for seed, points in seeds.items():
+                file = next((RESULTS / folder).glob(f"mlm--*--{strategy}--{seed}.json"))
+                run = json.loads(file.read_text())
+                assert points[-1] == [run["args"]["steps"], run["last"]["accuracy"]]
+                assert panel["frequency"] == run["baseline"]["accuracy"]
+
+
+def test_the_table_of_the_two_starts_is_that_of_its_runs():
+    panels = json.loads((RESULTS / "curves.json").read_text())
+    table, = [table for table in tables(FINDINGS) if "way to mask" in table[0]]
+    *ways, frequency = table
+    for row in ways:
+        name = row["way to mask"]
+        for start, panel in panels.items():
+            seeds = panel["curves"][name].values()
+            ends = [points[-1][1] for points in seeds]
+            left = [next((step for step, accuracy in points
+                          if accuracy >= panel["frequency"] + 0.03), None) for points in seeds]
+            said = f"{statistics.mean(ends):.4f} ± {statistics.stdev(ends):.4f}"
+            assert row[start] == said
+            steps = ", ".join("never" if step is None else f"{step:,}" for step in left)
+            assert row[f"{start}: left at step"] == steps
+    assert {row["way to mask"] for row in ways} == panels["plain"]["curves"].keys()
+    assert frequency["plain"] == frequency["local"] == f"{panels['plain']['frequency']:.4f}"
+    ends = {name: [points[-1][1] for points in seeds.values()]
+            for name, seeds in panels["plain"]["curves"].items()}
+    distilled = min(min(found) for name, found in ends.items() if name.endswith("-kd"))
+    others = max(max(found) for name, found in ends.items() if not name.endswith("-kd"))
+    assert (f"the worst of them guesses {distilled:.3f}, the best other model {others:.3f}"
+            in " ".join(FINDINGS.split()))
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
