@@ -100,9 +100,9 @@ def draw(panels: dict[str, dict]) -> str:
             drawn.append(f'<polyline points="{" ".join(pixels(steps, mean))}" class="mean" '
                          f'style="stroke: {colours[name]}"/>')
             ends.append((40 + HEIGHT * (1 - mean[-1] / top), name))
-        y = 30.0
-        for end, name in sorted(ends):  # a name at the end of its line, or below the one before
-            y = max(end + 4, y + 15)
+        y = 56.0 + HEIGHT
+        for end, name in sorted(ends, reverse=True):  # at its line's end, or above the one below
+            y = min(end + 4, y - 15)
             text(left + WIDTH + 8, y, "", name, colours[name])
         left += WIDTH + 170
     return "\n".join([HEAD.format(left - 56, HEIGHT + 90), *drawn, "</svg>\n"])
