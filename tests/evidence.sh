@@ -4,12 +4,12 @@
 #
 #     bash tests/evidence.sh strategies     nine ways to mask, five seeds              4 h on a core
 #     bash tests/evidence.sh start          random masks from BERT's own start         20 min
-#     bash tests/evidence.sh plain          eight and two more ways from both starts   3 h
-#     bash tests/evidence.sh plateau        six of these on GLUE                       30 min
+#     bash tests/evidence.sh plain          ten ways from both starts                  90 min more
+#     bash tests/evidence.sh plateau        six of these on GLUE                       40 min
 #     bash tests/evidence.sh english        pretraining on English, then GLUE          6 h
 #     bash tests/evidence.sh english-plain  the same from BERT's own start             not run yet
 #     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder     5 h
-#     bash tests/evidence.sh specials       its random baseline of 2023                90 min a seed
+#     bash tests/evidence.sh specials       its random baseline of 2023                46 min a run
 #     bash tests/evidence.sh longer         that and random masks for 12 epochs        not run yet
 #
 # A part makes the models that it needs unless they are there; but plateau wants plain first, and
