@@ -703,7 +703,7 @@ def run_file(args: Namespace) -> Path:
     return Path("runs/glue") / (re.sub(r"[^\w.-]+", "-", name) + ".json")
 
 
-NO_SETTING = {"device", "data_dir", "json", "predict", "save"}  # a result is the same without them
+NO_SETTING = {"device", "data_dir", "json", "predict", "save"}  # where a run happens, and goes
 
 
 def refuse_to_replace(args: Namespace):
@@ -780,7 +780,7 @@ def make_parser() -> Parser:
         help=f"{', '.join(NINE)}, or all: these nine")
     add("--model", required=True, help="a run of train.py, a Hugging Face directory or a hub name")
     add("--data-dir", default=os.environ.get("GLUE_DIR", "data/glue"), help="downloads go there")
-    add("--seed", type=number(int, low=0, below=2**63), default=0,
+    add("--seed", type=number(int, low=0, below=2**32), default=0,
         help="of the head, the data's order, the masks and dropout")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--bf16", action=BooleanOptionalAction, help="bfloat16 (default: on a GPU that has it)")

@@ -76,7 +76,7 @@ def top_k(scores: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
     Where a row has fewer, all of them. scores (B, L), maskable (B, L) bool, k (B,) -> (B, L)."""
     # torch.topk takes one k for all rows, so every row is sorted and its first k[b] ranks are kept.
     # The sort is stable: of equal scores the left one comes first, on every device.
-    scores = scores.float().masked_fill(~maskable, -math.inf)
+    scores = scores.float().clamp(min=torch.finfo().min).masked_fill(~maskable, -math.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)  # (B, L), positions by rank
     chosen = torch.arange(scores.shape[1], device=scores.device) < k[:, None]  # (B, L), by rank
     return torch.zeros_like(maskable).scatter(1, order, chosen) & maskable  # (B, L), by position
@@ -659,7 +659,7 @@ def main(argv=None):
     add("--model", help="run, Hugging Face directory or hub name (default: the newest run)")
     add("--masking", type=strategy_name, metavar="FILE.py:CLASS", help="your strategy, as a column")
     add("--mask-rate", type=number(float, above=0, below=1), default=0.3)
-    add("--seed", type=number(int, low=0, below=2 ** 63), default=0)
+    add("--seed", type=number(int, low=0, below=2 ** 32), default=0)
     add("--svg", type=Path, metavar="FILE", help="also draw what the terminal shows into this file")
     args = parser.parse_args(argv)
     runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)

@@ -197,7 +197,7 @@ class Bert(nn.Module):
         for block in self.layers[:-1]:
             hidden = block(hidden, key_mask)
         # No other block reads the last one's output, so it runs on the queries alone: at 15%
-        # masked this saves nearly half of the encoder's work in a model of two layers.
+        # masked this saves over a third of the encoder's work in a model of two layers.
         return self.layers[-1](hidden, key_mask, queries)
 
 
@@ -684,7 +684,7 @@ def write_atomic(path: str | Path, data: str | bytes):
     """Writes a file whole or not at all. Raises RunError where that fails, as on a full disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -755,7 +755,8 @@ def run_cli(main):
     logging.basicConfig(format="%(message)s")
     try:
         return main()
-    except (InputError, RunError, OSError, KeyboardInterrupt) as error:
+    except (InputError, RunError, argparse.ArgumentTypeError, OSError, KeyboardInterrupt) as error:
         line = " ".join(str(error).split()) or "interrupted"  # one line, whatever it quotes
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit({InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
+        statuses = {InputError: 2, argparse.ArgumentTypeError: 2, KeyboardInterrupt: 130}
+        sys.exit(statuses.get(type(error), 1))

@@ -338,9 +338,9 @@ def missing_notes(rows: list[Row]) -> list[str]:
 
 # Runs that are compared must be equal in every setting but these: names, and what the grid varies.
 IGNORED = {"label", "pattern", "json", "predict", "save", "out", "resume", "data_dir", "log_every",
-           "eval_every", "save_every", "versions", "commit", "task", "model", "seed", "adapt",
+           "eval_every", "save_every", "versions", "commit", "task", "model", "seed",
            "teacher_dir", "teacher_seed", "teacher_weights"}
-OF_THE_STRATEGY = {"masking", "kd_weight", "kd_temperature", "kd_start", "student_init",
+OF_THE_STRATEGY = {"masking", "adapt", "kd_weight", "kd_temperature", "kd_start", "student_init",
                    "strategy_start", "entropy_select", "entropy_input", "typhoon_spread",
                    "typhoon_ema", "teacher"}  # equal within a strategy
 
@@ -440,7 +440,7 @@ READING = (
     "true difference one such test would find with 80% power, from an sd that is itself uncertain "
     "for few seeds.")
 READING_MLM = (
-    "The exam of train.py: random held-out positions, all of them [MASK]. The accuracy is "
+    "The exam of train.py: random held-out positions, all of them [MASK]. The {score} is "
     "compared; common, middle and rare are those on the word pieces that make up the commonest "
     "third of the text, the next and the rarest; log_likelihood is in nats a position. All of "
     "them: the higher, the better.")
@@ -512,7 +512,9 @@ def to_markdown(report: dict, picture: str) -> str:
     if report["pairs"]:
         parts.append(f"![Each difference with its interval]({picture})")
     for (task, model), rows in grouped(report["rows"], "task", "model").items():
-        parts += [f"## {task}, {model}"] + ([READING_MLM] if task == "mlm" else [])
+        parts.append(f"## {task}, {model}")
+        if task == "mlm":
+            parts.append(READING_MLM.format(score=report["metric"] or "accuracy"))
         parts.append(cell_table(rows))
         if pairs := pairs_at(task, model, report["pairs"]):
             parts.append(pair_table(pairs, report["effect"]))
@@ -572,7 +574,7 @@ def forest_svg(pairs: list[dict], metric: str | None) -> str:
             return left + width * (min(max(value, low), high) - low) / (high - low)
 
         y, bottom = y + 30, y + 46 + 20 * len(here)
-        score = " and ".join(scored(task, TASK_METRICS.get(task, ("score",)), metric))
+        score = " and ".join(scored(task, TASK_METRICS.get(task, ()), metric)) or "score"
         title = [here[0][name] for name in several] + [score]
         text(12, y, "title", f"{', '.join(title)}, strategy − {'baseline' if others else baseline}")
         for i in range(math.ceil(low / step), math.floor(high / step) + 1):
@@ -757,13 +759,13 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
                 teacher = Path(fill(model, masking="teacher"))
                 command += ["--teacher", str(teacher)]
                 if not (teacher / WEIGHTS).exists():
-                    # with the student's seed it would start from the student's weights
                     teachers[teacher / WEIGHTS] = training(teacher, [
-                        *common, *train.teacher_options(args), "--seed", str(2 ** 32 + seed)])
+                        *common, *train.teacher_options(args),
+                        "--seed", str(train.TEACHER_SEEDS + seed)])
             trained[weights] = command
-        needed = checkpoint / "exam.json" if task == "mlm" else checkpoint
+        needed = weights if task == "mlm" else checkpoint
         if "{" in model and not needed.exists() and weights not in trained:
-            raise InputError(f"{needed} is not there: --pretrain makes it")
+            raise InputError(f"{needed} is not there" + ": --pretrain makes it" * is_pretraining)
         if task == "mlm":
             if not is_pretraining:
                 raise InputError(f"--tasks mlm compares pretraining, and --models {model} has no "
@@ -869,7 +871,8 @@ def parse_args(argv=None):
     add("extra", nargs="*", metavar="-- OPTION", help="glue.py's: --preset typhoon -- --epochs 2")
     add("--pretrain", nargs="?", const=[], type=shlex.split, metavar="OPTIONS",
         help="first make the models of a {masking} pattern with train.py and these options, in "
-             "which {seed} is replaced; a teacher, where one is wanted, is made for each seed")
+             "which {seed} is replaced (one alone: --pretrain=--compile); a teacher, where one is "
+             "wanted, is made for each seed")
 
     add = commands.add_parser("report", help="the statistics of a folder of runs").add_argument
     add("folder", type=Path, help="where sweep or glue.py --json wrote")

@@ -52,9 +52,9 @@ from masking import (SELECTS, STRATEGIES, Batch, Context, Random, Strategy, corr
                      find_strategy, masked_entropy, position_entropy, random_mask, strategy_label,
                      strategy_name, token_entropy)
 from model import (PRESETS, SPECIAL_TOKENS, BertConfig, BertForMaskedLM, InputError, Parser,
-                   RunError, can_write, load_pretrained, local_start, number, query_positions,
-                   read_json, run_cli, save_pretrained, weights_digest, wordpiece_tokenizer,
-                   write_atomic)
+                   RunError, can_write, find_pretrained, load_pretrained, local_start, number,
+                   query_positions, read_json, run_cli, save_pretrained, weights_digest,
+                   wordpiece_tokenizer, write_atomic)
 
 EXAM_RATE = 0.15  # masked share of the held-out exam, whatever the run's own rate
 FEW_WORDS, FEW_QUESTIONS = 100_000, 500  # of text, in the exam: below these a run says so
@@ -108,7 +108,7 @@ class Recipe(Masking):
     kd_weight: float = option(0.0, "alpha: distillation's share of the loss", FRACTION)
     kd_temperature: float = option(2.0, "T: softens teacher and student", POSITIVE)
     kd_start: float = option(0.0, "distil after this fraction of the steps", FRACTION)
-    seed: int = option(0, "of weights, order, masks, dropout", number(int, low=0, below=2 ** 63))
+    seed: int = option(0, "of weights, order, masks, dropout", number(int, low=0, below=2 ** 32))
     bf16: bool | None = option(None, "default: on a GPU that has it", action=BooleanOptionalAction)
 
 
@@ -314,8 +314,8 @@ def pretrain(args: Options, go_on: str = ""):
         state |= load_checkpoint(run, trainer, settings)
     if rank() == 0:
         write_atomic(run / "train_args.json", json.dumps(settings, indent=1) + "\n")
-    say(f"{run}: {words:,} words in {len(texts):,} windows of {args.seq_len} "
-        f"tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
+    say(f"{run}: {words:,} words; {len(texts):,} windows of {args.seq_len} tokens to learn from, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{args.mask_rate:.0%} of the tokens masked, on {device}")
     if words < FEW_WORDS:
         say("So few words teach a model little (docs has 300,000 if Python's library is complete).")
@@ -323,7 +323,8 @@ def pretrain(args: Options, go_on: str = ""):
         say("On a machine that is busy otherwise, OMP_NUM_THREADS=1 is faster than all its cores.")
     tenth = max(1, args.steps // 10)
     every = (args.log_every, args.eval_every or tenth, args.save_every or tenth)
-    go_on = go_on or f"python train.py --resume {shlex.quote(args.out)}"
+    python = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
+    go_on = go_on or f"{python} train.py --resume {shlex.quote(args.out)}"
     mine = training_loop(trainer, exam, run, state, every, go_on)
 
     # The exam's results, and the model. Its weights come last: they mark a finished run.
@@ -402,10 +403,13 @@ def load_models(args: Options):
                      or tokenizer.get_vocab() != pieces.get_vocab()):
             raise InputError(f"{args.teacher} and {args.init} do not predict the same word pieces")
         tokenizer = pieces
-    fresh = not args.resume  # a resumed run's teacher may be one that --vocab-size made
-    if fresh and tokenizer and args.vocab_size not in (None, tokenizer.get_vocab_size()):
-        raise InputError(f"{args.teacher or args.init} has {tokenizer.get_vocab_size():,} word "
-                         f"pieces, not {args.vocab_size:,}: drop --vocab-size")
+    if tokenizer and args.vocab_size not in (None, tokenizer.get_vocab_size()):
+        known = args.teacher or args.init
+        settings = find_pretrained(known) / "train_args.json"
+        # A run's text may have fewer word pieces than its --vocab-size asked for.
+        if not settings.exists() or read_json(settings)["vocab_size"] != args.vocab_size:
+            raise InputError(f"{known} has {tokenizer.get_vocab_size():,} word pieces, not "
+                             f"{args.vocab_size:,}: drop --vocab-size")
     for name, model in (("--init", init), ("--teacher", teacher)):
         if model and args.seq_len > (most := model.config.max_position_embeddings):
             raise InputError(f"{name} has {most} positions: lower --seq-len")
@@ -594,6 +598,10 @@ def fill_in(model: BertForMaskedLM, tokenizer: Tokenizer, device: torch.device) 
 
 # --- the teacher and its entropies ----------------------------------------------------------------
 
+# With its student's seed a teacher would start from the same weights, and a student learns from
+# such a teacher more easily. PyTorch draws weights from the last 32 bits of a seed.
+TEACHER_SEEDS = 2 ** 31  # plus the student's seed
+
 def uses_teacher(args: Options) -> bool:
     """Whether anything in this run asks a teacher. Where none is given, that is --init's model."""
     return (find_strategy(args.masking).needs_teacher or args.kd_weight > 0
@@ -614,8 +622,7 @@ def teacher_options(args: Options) -> list[str]:
 def automatic_teacher(args: Options, windows: str, bf16: bool, device: torch.device) -> str:
     """Returns the directory of the teacher for runs that name none, trained now unless it is there.
     Its name tells all that decides its weights; windows: the digest of the text."""
-    # A student with the teacher's seed would start from its weights and see the same masks.
-    seed = ["--seed", str(2 ** 32 + args.teacher_seed)]
+    seed = ["--seed", str(TEACHER_SEEDS + args.teacher_seed)]
     teacher = make_parser().parse_args([*teacher_options(args), *seed], replace(args))
     decides = ("seed", "preset", "plain_start", "dropout", "steps", "batch_size", "accumulate",
                "lr", "warmup", "weight_decay", "clip")
@@ -1101,7 +1108,7 @@ class Options(Recipe, Data):
     student_init: str = option("random", "what is copied from the teacher; random: nothing",
                                choices=["random", "embeddings", "layers"])
     preset: str = option("tiny", "size of a fresh model", choices=list(PRESETS))
-    plain_start: bool = option(False, "start as BERT does, not with attention to neighbours",
+    plain_start: bool = option(False, "a fresh model attends to all tokens alike, as BERT does",
                                action=BooleanOptionalAction)
     init: str | None = option(None, "start from a run, directory or hub name", metavar="MODEL")
     dropout: float = option(0.0, "0 suits short runs; BERT has 0.1", FRACTION)

@@ -4,7 +4,8 @@
 
 Both ask the same 15% of the held-out tokens. In ours all of them are [MASK]; in BERT's 80% are, 10%
 are another token, and 10% stay as they are, so that a model which copies what it reads is right
-there. One that does so and else knows frequencies alone has 0.1 + 0.9 · (frequency alone).
+there, and wrong at the swapped 10%, which look the same. One that does so and else knows
+frequencies alone has 0.1 + 0.8 · (frequency alone).
 """
 import argparse
 import json
@@ -43,7 +44,7 @@ def both_exams(run: str) -> dict[str, float]:
     frequency = exam.frequency_alone()[1].mean()
     return {"ours": exam.take(model)[1].mean(), "bert": right.float().mean().item(),
             "kept": right[kept].float().mean().item(), "frequency": frequency,
-            "copying": 0.1 + 0.9 * frequency}
+            "copying": 0.1 + 0.8 * frequency}
 
 
 def main():

@@ -117,6 +117,8 @@ def main():
         panels = json.loads(args.sweeps[0].read_text())
     else:
         panels = {path.name: read_panel(path) for path in args.sweeps}
+        if len(panels) < len(args.sweeps):
+            sys.exit("curves.py: a folder's name is its panel's title: give each another name")
         args.picture.with_suffix(".json").write_text(json.dumps(panels) + "\n")
     args.picture.write_text(draw(panels))
     for title, panel in panels.items():

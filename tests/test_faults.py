@@ -117,7 +117,8 @@ def world(tmp_path_factory):
     settings = vars(train.parse_args(["--corpus", str(root / "text.txt"), *SMALL, "--out",
                                       str(root / "run")])) | {"ranks": 1}
     for name, text in (("run", json.dumps(settings)), ("run-not-json", "{"), ("run-list", "[]"),
-                       ("run-ranks", json.dumps(settings | {"ranks": 8}))):
+                       ("run-ranks", json.dumps(settings | {"ranks": 8})),
+                       ("run-lost", json.dumps(settings | {"masking": "lost.py:Lost"}))):
         (root / name).mkdir()
         (root / name / "train_args.json").write_text(text)
     shutil.copytree(root / "model", root / "demo")
@@ -228,6 +229,7 @@ CASES = {
         ("--resume run-not-json", "train_args.json is not a JSON object"),
         ("--resume run-list", "is not a JSON object (but a list)"),
         ("--resume run-ranks", "run-ranks was started with 8 ranks, not 1"),
+        ("--resume run-lost", "lost.py cannot be imported"),
         ("--vocab-size 100 --teacher model", "model has 11 word pieces, not 100: drop --vocab"),
         ("--teacher model --init other --seq-len 16",
          "model and other do not predict the same word pieces"),

@@ -708,9 +708,30 @@ def test_the_options_of_a_teachers_own_run_make_the_automatic_teacher(corpus, tm
     assert not train.wants_teacher(train.parse_args(["--masking", "rarity"]))
     train.main(run)
     options = train.teacher_options(train.parse_args(run))
-    train.main([*run, *options, "--seed", str(2 ** 32), "--out", "teacher"])
+    train.main([*run, *options, "--seed", str(train.TEACHER_SEEDS), "--out", "teacher"])
     automatic, = Path("runs").glob("reference-*")
     assert weights("teacher") == weights(automatic)
+    train.main([*run, "--teacher", "teacher"])  # a sweep's student; the text has no 300 word pieces
+    assert load_tokenizer(Path("teacher")).get_vocab_size() < 300
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_teacher_starts_from_other_weights_than_its_student(corpus, seed, tmp_path, monkeypatch):
+    """PyTorch draws weights from the last 32 bits of a seed, so that other seeds may be equal."""
+    monkeypatch.chdir(tmp_path)
+    started, fresh_model = [], train.fresh_model
+
+    def noticed(*args):
+        model = fresh_model(*args)
+        started.append(model.bert.embeddings.word_embeddings.weight.detach().clone())
+        return model
+
+    monkeypatch.setattr(train, "fresh_model", noticed)
+    train.main(["--masking", "entropy", "--corpus", str(corpus), *SMALL,
+                "--seed", str(seed), "--teacher-seed", str(seed)])
+    teacher, student = started
+    correlation = torch.corrcoef(torch.stack([teacher.flatten(), student.flatten()]))[0, 1]
+    assert abs(correlation) < 0.1
 
 
 def test_a_student_has_its_teachers_word_pieces_and_pad(tmp_path, monkeypatch):
