@@ -598,8 +598,8 @@ def fill_in(model: BertForMaskedLM, tokenizer: Tokenizer, device: torch.device) 
 
 # --- the teacher and its entropies ----------------------------------------------------------------
 
-# With its student's seed a teacher would start from the same weights, and a student learns from
-# such a teacher more easily. PyTorch draws weights from the last 32 bits of a seed.
+# With its student's seed a teacher would start from the same weights and see the same masks. Not
+# 2 ** 32: PyTorch's generator on a CPU takes 32 bits of a seed, so that this would change nothing.
 TEACHER_SEEDS = 2 ** 31  # plus the student's seed
 
 def uses_teacher(args: Options) -> bool:
