@@ -394,7 +394,7 @@ def test_a_run_says_where_its_figures_mean_little(corpus, tmp_path, monkeypatch,
     train.main(["--corpus", str(corpus), *SMALL, "--lr", "10"])
     said = capsys.readouterr().out
     words = 20 * 400
-    assert f"{words:,} words in" in said and "So few words teach a model little" in said
+    assert f"{words:,} words; " in said and "So few words teach a model little" in said
     assert re.search(r"With \d+ questions chance decides", said)
     assert "worse than guessing by frequency alone" in said and "lower --lr" in said
     Path("text.txt").write_text("\n\n".join(f"{i} the cat sat on the mat ." for i in range(400)))
