@@ -407,7 +407,7 @@ def load_models(args: Options):
         known = args.teacher or args.init
         settings = find_pretrained(known) / "train_args.json"
         # A run's text may have fewer word pieces than its --vocab-size asked for.
-        if not settings.exists() or read_json(settings)["vocab_size"] != args.vocab_size:
+        if not settings.exists() or read_json(settings).get("vocab_size") != args.vocab_size:
             raise InputError(f"{known} has {tokenizer.get_vocab_size():,} word pieces, not "
                              f"{args.vocab_size:,}: drop --vocab-size")
     for name, model in (("--init", init), ("--teacher", teacher)):
@@ -601,6 +601,7 @@ def fill_in(model: BertForMaskedLM, tokenizer: Tokenizer, device: torch.device) 
 # With its student's seed a teacher would start from the same weights and see the same masks. Not
 # 2 ** 32: PyTorch's generator on a CPU takes 32 bits of a seed, so that this would change nothing.
 TEACHER_SEEDS = 2 ** 31  # plus the student's seed
+
 
 def uses_teacher(args: Options) -> bool:
     """Whether anything in this run asks a teacher. Where none is given, that is --init's model."""

