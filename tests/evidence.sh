@@ -4,10 +4,10 @@
 #
 #     bash tests/evidence.sh strategies     nine ways to mask, five seeds              4 h on a core
 #     bash tests/evidence.sh start          random masks from BERT's own start         20 min
-#     bash tests/evidence.sh plain          ten ways from both starts                  90 min more
+#     bash tests/evidence.sh plain          ten ways from both starts                  160 min more
 #     bash tests/evidence.sh plateau        six of these on GLUE                       40 min
 #     bash tests/evidence.sh english        pretraining on English, then GLUE          6 h
-#     bash tests/evidence.sh english-start  random masks there from both starts, GLUE  XXX
+#     bash tests/evidence.sh english-start  random masks there from both starts, GLUE  160 min
 #     bash tests/evidence.sh english-plain  the same from BERT's own start             not run yet
 #     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder     5 h
 #     bash tests/evidence.sh specials       its random baseline of 2023                46 min a run

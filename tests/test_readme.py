@@ -111,6 +111,11 @@ def test_a_kept_report_is_that_of_its_runs(folder, tmp_path, monkeypatch):
     assert all((copy / path.name).read_bytes() == path.read_bytes() for path in kept)
 
 
+def test_no_kept_file_names_a_folder_of_the_machine_that_made_it():
+    kept = list(RESULTS.rglob("*.json"))
+    assert len(kept) > 200 and not [path for path in kept if '"/' in path.read_text()]
+
+
 # --- the figures ----------------------------------------------------------------------------------
 # A figure on a page is about the folder of kept runs whose report its paragraph links to, or else
 # the one linked to last, or first, in its section. It must stand in this report.
