@@ -1150,7 +1150,7 @@ def test_how_many_failed_and_why_is_said_at_the_end(here, capsys):
     assert capsys.readouterr().out.count(reason) == 2
 
 
-def test_the_command_line_says_it_in_one_line_with_status_2(tmp_path):
+def test_the_command_line_says_it_in_one_line_with_status_2():
     result = subprocess.run([sys.executable, stats.__file__, "sweep", "--preset", "x"],
                             capture_output=True, text=True)
     assert result.returncode == 2 and not result.stdout
