@@ -181,7 +181,7 @@ def finetune(args: Namespace, data: Data | None = None) -> tuple[dict, nn.Module
            "strategy": args.label or strategy_label(args.adapt), "seed": args.seed,
            "args": vars(args), "versions": versions(), "device": device.type, "bf16": bf16,
            "lr": lr, **origin, "epochs": epochs, "last": epochs[-1]["metrics"],
-           "baseline": baseline(args.task, train.labels, dev["dev"].labels),
+           "baseline": baseline(args.task, train.labels, dev),
            "collapsed": is_constant(answers["dev"]["predictions"]),
            "adaptation": adaptation, "masked": adaptation and adaptation["masked"], **answers,
            "seconds": round(time.time() - started, 1)}
@@ -266,16 +266,17 @@ def logits_of(model: nn.Module, batch: Batch, bf16: bool | None) -> Tensor:
 
 def evaluate(name: str, model: nn.Module, dev: dict[str, "Tokenised"],
              bf16: bool = False) -> tuple[dict[str, float], dict[str, dict]]:
-    """Returns the metrics on dev, and each dev set's answers: predictions and labels. For MNLI,
-    accuracy_mm is the accuracy on the mismatched set."""
-    values, answers = {}, {}
-    for key, data in dev.items():
-        predictions = predict(model, data, bf16)
-        ending = "_mm" if key == "dev_mismatched" else ""
-        for metric, value in metrics(name, predictions, data.labels).items():
-            values[metric + ending] = value
-        answers[key] = {"predictions": predictions.tolist(), "labels": data.labels.tolist()}
-    return values, answers
+    """Returns the metrics on dev, and each dev set's answers: predictions and labels."""
+    predictions = {key: predict(model, data, bf16) for key, data in dev.items()}
+    answers = {key: {"predictions": found.tolist(), "labels": dev[key].labels.tolist()}
+               for key, found in predictions.items()}
+    return metrics_on(dev, name, predictions), answers
+
+
+def metrics_on(dev: dict[str, "Tokenised"], name: str, predictions: dict) -> dict[str, float]:
+    """The metrics on every dev set. For MNLI, accuracy_mm is the accuracy on the mismatched set."""
+    return {metric + "_mm" * (key == "dev_mismatched"): value for key, data in dev.items()
+            for metric, value in metrics(name, predictions[key], data.labels).items()}
 
 
 def is_constant(predictions: list) -> bool:
@@ -450,8 +451,8 @@ def adapt(trainer: Trainer, tokenizer: Tokenizer, title: str) -> dict:
 
 
 def frozen_teacher(mlm: nn.Module, tokenizer: Tokenizer, name: str | None) -> nn.Module:
-    """The model `name`, by default a copy of the masked LM before it is adapted; frozen. Raises
-    InputError on a teacher with another vocabulary."""
+    """The model `name`, by default a copy of the masked LM before it is adapted. Raises InputError
+    on a teacher with another vocabulary."""
     teacher = copy.deepcopy(mlm)
     if name:
         teacher, pieces = load_pretrained(name, "mlm", whole=True)
@@ -459,7 +460,7 @@ def frozen_teacher(mlm: nn.Module, tokenizer: Tokenizer, name: str | None) -> nn
             raise InputError(f"--teacher has {pieces.get_vocab_size():,} word pieces, --model "
                              f"{tokenizer.get_vocab_size():,}, and they are not the same: choose "
                              "another --teacher")
-    return teacher.to(mlm.head.bias.device).eval().requires_grad_(False)
+    return teacher.to(mlm.head.bias.device).eval()
 
 
 def extreme_rates(rates: Tensor, counts: Tensor, tokenizer, least: int = 5,
@@ -541,11 +542,12 @@ def score(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def baseline(name: str, train_labels: np.ndarray, dev_labels: np.ndarray) -> dict[str, float]:
+def baseline(name: str, train_labels: np.ndarray, dev: dict[str, "Tokenised"]) -> dict[str, float]:
     """The metrics on dev of the constant answer: train's commonest class (STS-B: its mean)."""
     values, counts = np.unique(train_labels, return_counts=True)
     constant = values[counts.argmax()] if TASKS[name].labels else train_labels.mean()
-    return metrics(name, np.full(len(dev_labels), constant), dev_labels)
+    return metrics_on(dev, name, {key: np.full(len(data.labels), constant)
+                                  for key, data in dev.items()})
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -671,7 +673,8 @@ def fetch(task: Task, data_dir: Path):
         # Unpacked aside, without members that lead out of there: an interruption cuts no file.
         with tempfile.TemporaryDirectory(dir=data_dir) as aside:
             shutil.unpack_archive(archive, aside)
-            shutil.copytree(aside, data_dir, dirs_exist_ok=True, copy_function=os.replace)
+            shutil.copytree(Path(aside, task.folder), data_dir / task.folder, dirs_exist_ok=True,
+                            copy_function=os.replace)
         archive.unlink(missing_ok=True)
 
 
@@ -703,10 +706,11 @@ def run_file(args: Namespace) -> Path:
     return Path("runs/glue") / (re.sub(r"[^\w.-]+", "-", name) + ".json")
 
 
-NO_SETTING = {"device", "data_dir", "json", "predict", "save"}  # where a run happens, and goes
+# Where a run happens, and goes; and the same weights had the same pretraining.
+NO_SETTING = {"device", "data_dir", "json", "predict", "save", "pretraining"}
 
 
-def refuse_to_replace(args: Namespace):
+def refuse_to_replace(args: Namespace, weights: bool = True):
     """Raises InputError where the run's file holds a run with other settings, or from other
     weights: the scores of two different runs must not pass for one."""
     path, remedy = run_file(args), "choose another --json, or delete that file"
@@ -716,10 +720,12 @@ def refuse_to_replace(args: Namespace):
         return
     if not isinstance(earlier.get("args"), dict):
         raise InputError(f"{path} is not a result of glue.py: {remedy}")
-    before = earlier | earlier["args"]
-    now = vars(args) | provenance(args.model, args.teacher)
-    del now["pretraining"]  # the same weights had the same
-    for name in sorted(now.keys() - NO_SETTING):
+    now = vars(args) | (provenance(args.model, args.teacher) if weights else {})
+    refuse_difference(path, earlier | earlier["args"], now, now.keys() - NO_SETTING, remedy)
+
+
+def refuse_difference(path: Path, before: dict, now: dict, names: set[str], remedy: str):
+    for name in sorted(names):
         if before.get(name) != now[name]:
             there, here = ("the default" if value is None else value
                            for value in (before.get(name), now[name]))
@@ -809,7 +815,7 @@ def make_parser() -> Parser:
     add("--adapt-lr", type=POSITIVE, default=1e-4, help="peak learning rate")
     add_options(add, Masking, corruption=[1.0, 0.0, 0.0], entropy_select="high")
     add("--typhoon-loss", choices=["task", "mlm"], default="task",
-        help="whose gradient feeds Typhoon: the labels' or the masked LM's")
+        help="whose gradient feeds typhoon, the labels' or the masked LM's (FILE.py:CLASS: its)")
     add("--teacher", help="for entropy (default: the model before it is adapted, frozen)")
 
     add = parser.add_argument_group("what to keep").add_argument

@@ -375,7 +375,7 @@ def provenance_notes(rows: list[Row]) -> list[str]:
             if weights_of.setdefault(row.run["model"], weights) != weights:
                 notes.append(f"{model}: {row.run['model']} was trained again between its runs")
             first = seed_of.setdefault((row.strategy, weights), row.seed)
-            if "{seed}" in model and first != row.seed:
+            if first != row.seed and ("{seed}" in model or row.task == "mlm"):
                 raise InputError(f"{model}, {row.strategy}: seeds {first} and {row.seed} have the "
                                  "same weights, and a copy is no independent seed: remove one")
             if teacher := (row.run.get("pretraining") or {}).get("teacher_weights"):
@@ -432,18 +432,17 @@ def analyse(folder: Path, *, effect: float | None = None, metric: str | None = N
 # --- the report as text ---------------------------------------------------------------------------
 
 READING = (
-    "Scores are fractions, {score}; mean ± sd over seeds. A difference is strategy minus baseline, "
-    "seed by seed; masked is the share of the tokens that the two really masked. The t interval "
-    "covers other seeds on these same examples; the multi-bootstrap interval covers other seeds "
-    "and other examples, roughly. p: paired t, sign flip, and Holm's adjustment of the former over "
-    "every comparison of this report (*: below 0.05). d_z: mean / sd of the differences. MDE: the "
-    "true difference one such test would find with 80% power, from an sd that is itself uncertain "
-    "for few seeds.")
+    "Compared is {score}; mean ± sd over seeds. A difference is strategy minus baseline, seed by "
+    "seed; masked is the share of the tokens that the two really masked. The t interval covers "
+    "other seeds on these same examples; the multi-bootstrap interval covers other seeds and other "
+    "examples, roughly. p: paired t, sign flip, and Holm's adjustment of the former over every "
+    "comparison of this report (*: below 0.05). d_z: mean / sd of the differences. MDE: the true "
+    "difference one such test would find with 80% power, from an sd that is itself uncertain for "
+    "few seeds.")
 READING_MLM = (
-    "The exam of train.py: random held-out positions, all of them [MASK]. The {score} is "
-    "compared; common, middle and rare are those on the word pieces that make up the commonest "
-    "third of the text, the next and the rarest; log_likelihood is in nats a position. All of "
-    "them: the higher, the better.")
+    "The exam of train.py: random held-out positions, all of them [MASK]. common, middle and rare "
+    "are the accuracy on the word pieces that make up the commonest third of the text, the next "
+    "and the rarest; log_likelihood is in nats a position. All of them: the higher, the better.")
 
 
 def show(value: float, form: str = "z.4f") -> str:
@@ -466,14 +465,15 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def cell_table(rows: list[Row]) -> str:
     """A row per strategy, a column per metric, and last what the constant answer scores."""
-    names, constant, lines = list(rows[0].metrics), rows[0].constant, []
+    names, lines = list(rows[0].metrics), []
     for strategy, group in grouped(rows, "strategy").items():
         columns = [mean_sd([row.metrics[name] for row in group]) for name in names]
         numbers = [f"{show(mean)} ± {show(sd)}" for mean, sd in columns]
         lines.append([strategy, str(len(group)), *numbers])
-    if constant:
+    if all(row.constant for row in rows):  # with --fraction it is another answer for each seed
         title = "frequency alone" if rows[0].task == "mlm" else "the constant answer"
-        lines.append([title, "", *(show(constant.get(name, math.nan)) for name in names)])
+        constant = [np.mean([row.constant.get(name, math.nan) for row in rows]) for name in names]
+        lines.append([title, "", *map(show, constant)])
     return markdown_table(["strategy", "n", *names], lines)
 
 
@@ -506,15 +506,15 @@ def pairs_at(task: str, model: str, pairs: list[dict]) -> list[dict]:
 
 def to_markdown(report: dict, picture: str) -> str:
     """The report as a person reads it, in Markdown and on the terminal; picture: its file name."""
-    reading = READING.format(score=report["metric"] or "the mean of a task's metrics")
+    score = report["metric"] or "the mean of a task's metrics (of the exam the accuracy)"
     parts = ["# Report", f"**Verdict.** {report['verdict']}",
-             f"{report['runs']} runs; metrics of the last epoch. {reading}"]
+             f"{report['runs']} runs; metrics of the last epoch. {READING.format(score=score)}"]
     if report["pairs"]:
         parts.append(f"![Each difference with its interval]({picture})")
     for (task, model), rows in grouped(report["rows"], "task", "model").items():
         parts.append(f"## {task}, {model}")
         if task == "mlm":
-            parts.append(READING_MLM.format(score=report["metric"] or "accuracy"))
+            parts.append(READING_MLM)
         parts.append(cell_table(rows))
         if pairs := pairs_at(task, model, report["pairs"]):
             parts.append(pair_table(pairs, report["effect"]))
@@ -735,7 +735,8 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
 
     models: names, directories, or patterns with {masking} and {seed}; strategies: as `strategy`
     reads them; pretrain: train.py's options for the models of a pattern, None to make none; extra:
-    glue.py's. Raises InputError on what cannot be a run, and ends as they do on other options."""
+    glue.py's. Raises InputError on what cannot be a run, or is there with other options, and ends
+    as they do on bad ones."""
     teachers, trained, runs, exams = {}, {}, {}, {}
     for model, task, seed, strategy in product(models, tasks, seeds, strategies):
         label, pretraining, adaptation = strategy
@@ -747,40 +748,58 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
         output = folder / f"{task}--{name}--{label}--{seed}.json"
         if output in runs or output in exams:
             raise InputError(f"two runs of this grid would both write {output}")
-        if output.exists():
-            continue
         is_pretraining, checkpoint = "{masking}" in model, Path(fill(model))
         weights = checkpoint / WEIGHTS
-        if is_pretraining and pretrain is not None and not (weights.exists() or weights in trained):
+        if is_pretraining and pretrain is not None:
             common = list(map(fill, pretrain))
-            command = training(checkpoint, [*common, *map(fill, pretraining), "--seed", str(seed)])
-            args = train.parse_args(command[2:])
-            if train.wants_teacher(args):  # one for each seed, made without the strategy's options
+            options = [*common, *map(fill, pretraining), "--seed", str(seed)]
+            args = train.parse_args(options)
+            refuse_another_model(checkpoint, args)
+            missing = not (output.exists() or weights.exists())
+            if missing and train.wants_teacher(args):  # one a seed, without the strategy's options
                 teacher = Path(fill(model, masking="teacher"))
-                command += ["--teacher", str(teacher)]
+                options += ["--teacher", str(teacher)]
+                its_own = [*common, *train.teacher_options(args),
+                           "--seed", str(train.TEACHER_SEEDS + seed)]
+                refuse_another_model(teacher, train.parse_args(its_own))
                 if not (teacher / WEIGHTS).exists():
-                    teachers[teacher / WEIGHTS] = training(teacher, [
-                        *common, *train.teacher_options(args),
-                        "--seed", str(train.TEACHER_SEEDS + seed)])
-            trained[weights] = command
+                    command = training(teacher, its_own)
+                    if teachers.setdefault(teacher / WEIGHTS, command) != command:
+                        raise InputError(f"{label}: --teacher-steps goes to --pretrain, as all "
+                                         "strategies of a seed have one teacher")
+            if missing:
+                trained[weights] = training(checkpoint, options)
         needed = weights if task == "mlm" else checkpoint
-        if "{" in model and not needed.exists() and weights not in trained:
+        if "{" in model and not (output.exists() or needed.exists() or weights in trained):
             raise InputError(f"{needed} is not there" + ": --pretrain makes it" * is_pretraining)
         if task == "mlm":
             if not is_pretraining:
                 raise InputError(f"--tasks mlm compares pretraining, and --models {model} has no "
                                  "{masking}: give a pattern such as 'runs/{masking}-{seed}'")
-            exams[output] = {"model": str(checkpoint), "strategy": label, "pattern": model,
-                             "seed": seed}
+            if not output.exists():
+                exams[output] = {"model": str(checkpoint), "strategy": label, "pattern": model,
+                                 "seed": seed}
             continue
         options = [*extra, *(["--label", label] if is_pretraining else adaptation)]
         if "{" in model:  # by it the report knows the checkpoints of all seeds as one model
             options += ["--pattern", model]
         options += ["--task", task, "--model", str(checkpoint), "--seed", str(seed),
                     "--json", str(output)]
-        glue.parse_args(options)
-        runs[output] = [sys.executable, glue.__file__, *options]
+        glue.refuse_to_replace(glue.parse_args(options), weights=False)
+        if not output.exists():
+            runs[output] = [sys.executable, glue.__file__, *options]
     return [teachers, trained, runs, exams]
+
+
+def refuse_another_model(directory: Path, args: train.Options):
+    """Raises InputError where a model is there that was made with other options than these: a sweep
+    must not take it for the one that is asked for."""
+    path = directory / "train_args.json"
+    if path.exists():
+        now = json.loads(json.dumps(vars(args)))  # as a file has it
+        names = now.keys() - IGNORED - {"teacher", "teacher_steps", "device"}
+        glue.refuse_difference(directory, read_json(path), now, names,
+                               "choose other --models, or delete it")
 
 
 def training(directory: Path, options: list[str]) -> list[str]:
@@ -864,7 +883,7 @@ def parse_args(argv=None):
              "FILE.py:CLASS, or options of train.py or glue.py by a name of your own: "
              "kd8='--masking random --kd-weight 0.8'")
     add("--seeds", nargs="+", type=number(int, low=0), metavar="SEED",
-        help="the seeds themselves, not how many (default: 0 1 2 3 4)")
+        help="the seeds themselves, not how many (default: 0 1 2 3 4; of --preset entropy 0 1 2)")
     add("--out", type=Path, help="folder of the JSON files (default: runs/sweep[-PRESET])")
     add("--jobs", type=number(int, low=1), default=1, help="commands at once")
     add("--dry-run", action="store_true", help="print the commands")
@@ -877,7 +896,8 @@ def parse_args(argv=None):
     add = commands.add_parser("report", help="the statistics of a folder of runs").add_argument
     add("folder", type=Path, help="where sweep or glue.py --json wrote")
     add("--effect", type=number(float, above=0), help="count the seeds that would find it: 0.01")
-    add("--metric", help="compare by this one, such as f1 (default: the mean of a task's metrics)")
+    add("--metric",
+        help="compare by this one, such as f1 (default: the mean of a task's; mlm: the accuracy)")
     add("--against", metavar="STRATEGY",
         help="compare only with this one, on single tasks: they are the family for Holm")
     return parser.parse_args(argv)

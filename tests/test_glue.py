@@ -198,6 +198,22 @@ def test_mnli_is_scored_on_both_dev_sets(arguments):
     run = finetune(arguments(task="mnli"))
     assert run["last"] == {"accuracy": metrics("mnli", **run["dev"])["accuracy"],
                            "accuracy_mm": metrics("mnli", **run["dev_mismatched"])["accuracy"]}
+    for name, key in (("accuracy", "dev"), ("accuracy_mm", "dev_mismatched")):
+        labels = run[key]["labels"]
+        assert run["baseline"][name] in [labels.count(label) / len(labels) for label in range(3)]
+
+
+@pytest.mark.parametrize("options", [
+    "--warmup 1", "--weight-decay 5", "--seq-len 8", "--dropout 0.5", "--batch-size 4",
+    "--adapt random --corruption 0 0 1", "--adapt random --adapt-lr 1e-2",
+    "--adapt random --mask-rate 0.9", "--adapt random --adapt-batch-size 4",
+    "--adapt entropy --entropy-input visible", "--adapt entropy --entropy-select low",
+    "--adapt typhoon --typhoon-ema 0.1", "--adapt typhoon --typhoon-spread 0.9"])
+def test_an_option_has_an_effect(arguments, options):
+    without = options.rpartition(" --")[0]
+    plain, other = (finetune(arguments(*chosen.split())) for chosen in (without, options))
+    changed = "adaptation" if "--adapt" in without else "epochs"
+    assert plain[changed] != other[changed]
 
 
 @pytest.mark.parametrize("adapt", ["none", "random", "typhoon"])
@@ -592,7 +608,6 @@ def test_the_teacher_is_the_model_before_it_is_adapted_unless_one_is_given(
     with torch.no_grad():
         mlm.head.bias += 1
     assert not teacher.training and not torch.equal(teacher.head.bias, mlm.head.bias)
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     torch.manual_seed(2)
     other = BertForMaskedLM(mlm.config)
     save_pretrained(other, tokenizer, tmp_path / "teacher")
@@ -697,10 +712,13 @@ def test_metrics_agree_with_scikit_learn_and_scipy(seed):
 def test_the_glue_score_averages_metrics_then_tasks():
     assert glue.score({"f1": 0.9, "accuracy": 0.8}) == pytest.approx(0.85)
     # A constant answer on MRPC dev, as in GLUE's table of baselines: accuracy 68.4, F1 81.2.
-    train, dev = np.repeat([1, 0], [2474, 1194]), np.repeat([1, 0], [279, 129])
-    assert glue.baseline("mrpc", train, dev) == pytest.approx(
+    def dev(labels):
+        return {"dev": SimpleNamespace(labels=np.array(labels))}
+
+    train, labels = np.repeat([1, 0], [2474, 1194]), np.repeat([1, 0], [279, 129])
+    assert glue.baseline("mrpc", train, dev(labels)) == pytest.approx(
         {"f1": 0.8122, "accuracy": 0.6838}, abs=1e-4)
-    scores = glue.baseline("stsb", np.array([0.5, 4.0]), np.array([1.0, 2.0, 3.0]))
+    scores = glue.baseline("stsb", np.array([0.5, 4.0]), dev([1.0, 2.0, 3.0]))
     assert scores == {"pearson": 0, "spearman": 0}
 
 
@@ -963,6 +981,14 @@ def test_a_missing_task_is_downloaded_checked_and_unpacked(serve, tmp_path):
     assert found == ["RTE", "dev.tsv", "train.tsv"]  # no archive is left
     Server.files = {}
     assert load_task("rte", "train", tmp_path) == [Example("a", "b", 0)]  # already there
+
+
+def test_a_download_leaves_the_folder_to_those_who_share_it(serve, tmp_path):
+    serve("rte", RTE__zip=zipped(RTE__dev=RTE, RTE__train=RTE))
+    tmp_path.chmod(0o775)
+    load_task("rte", "dev", tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o775
+    assert (tmp_path / "RTE").stat().st_mode & 0o005 == 0o005
 
 
 def test_mrpc_comes_as_three_files(serve, tmp_path):
