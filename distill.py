@@ -54,9 +54,10 @@ def init_student(student: nn.Module, teacher: nn.Module, how: str):
     copy(student.bert.embeddings, teacher.bert.embeddings)
     if how == "layers":
         S, T = len(student.bert.layers), len(teacher.bert.layers)
-        if S > T:
-            raise InputError(f"the student has {S} layers, the teacher {T}: "
-                             "choose a smaller student")
+        heads, its_heads = (bert.config.num_attention_heads for bert in (student, teacher))
+        if S > T or heads != its_heads:  # the shapes would not tell heads apart
+            raise InputError(f"the student has {S} layers of {heads} heads, the teacher {T} of "
+                             f"{its_heads}: choose another --preset or --teacher")
         for i, layer in enumerate(student.bert.layers):
             copy(layer, teacher.bert.layers[i * T // S])
 

@@ -626,6 +626,7 @@ def add_tokens(tokenizer: Tokenizer, settings: dict, added: dict[str, int]):
     """Adds the tokens that stand beside a vocabulary, in place. Raises ValueError where one would
     get another id than it has there, or where [MASK] or its like is missing or otherwise named."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    extra = extra.values() if isinstance(extra, dict) else extra  # {role: token} in newer files
     special = [*(settings.get(role) or token for role, token in ROLES.items()), *extra]
     special = [token["content"] if isinstance(token, dict) else token for token in special]
     tokens = {i: {"content": token, "special": token in special} for token, i in added.items()}

@@ -106,8 +106,8 @@ class Recipe(Masking):
     clip: float = option(1.0, "largest gradient norm", POSITIVE)
     strategy_start: float = option(0.0, "random masks for this fraction of the steps", FRACTION)
     kd_weight: float = option(0.0, "alpha: distillation's share of the loss", FRACTION)
-    kd_temperature: float = option(2.0, "T: softens teacher and student", POSITIVE)
-    kd_start: float = option(0.0, "distil after this fraction of the steps", FRACTION)
+    kd_temperature: float = option(2.0, "T: softens teacher and student for it", POSITIVE)
+    kd_start: float = option(0.0, "--kd-weight is 0 before this fraction of the steps", FRACTION)
     seed: int = option(0, "of weights, order, masks, dropout", number(int, low=0, below=2 ** 32))
     bf16: bool | None = option(None, "default: on a GPU that has it", action=BooleanOptionalAction)
 
@@ -131,7 +131,7 @@ def lr_at(step: int, steps: int, warmup: float) -> float:
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
-    return max(0.0, (steps - step) / max(1, steps - rising))
+    return (steps - step) / (steps - rising)
 
 
 # --- the training step ----------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def training_loop(trainer: Trainer, exam: Exam, run: Path, state: dict,
                 # Reading a result waits for the GPU: not in every step.
                 if not results[:step].isfinite().all():
                     raise RunError(f"by step {step} the loss or its gradient is not finite: lower "
-                                   f"--lr or drop --bf16. A checkpoint from before stays in {run}")
+                                   f"--lr or drop --bf16. An earlier checkpoint, if any, is in {run}")
             if log_now:
                 loss, norm, masked, _ = results[:step].cpu().double().T  # (step,) each
                 new = slice((step - 1) // every[0] * every[0], step)  # since the last line
@@ -587,9 +587,9 @@ def fill_in(model: BertForMaskedLM, tokenizer: Tokenizer, device: torch.device) 
     lines = []
     for sentence in SENTENCES:
         ids = torch.tensor([tokenizer.encode(sentence).ids], device=device)  # (1, L)
-        gap = query_positions(ids == tokenizer.token_to_id("[MASK]"))
+        gap = ids == tokenizer.token_to_id("[MASK]")
         with evaluating(model):
-            best = model(ids, positions=gap)[0].float().softmax(-1).topk(3)
+            best = model(ids)[gap][0].float().softmax(-1).topk(3)
         words = [f"{tokenizer.id_to_token(i)} {p:.0%}"
                  for p, i in zip(best.values.tolist(), best.indices.tolist())]
         lines.append(f"  {sentence:<40} {', '.join(words)}")
@@ -641,15 +641,14 @@ def automatic_teacher(args: Options, windows: str, bf16: bool, device: torch.dev
 
 def entropy_table(teacher: BertForMaskedLM, texts: Texts, entropy_input: str, rate: float,
                   bf16: bool) -> Tensor:
-    """Returns the frozen teacher's entropy at every position of every text, (n, L) float16 in nats,
-    0 where nothing is maskable. They never change, so a run looks them up.
+    """Returns the teacher's entropy at every position of every text, (n, L) float16 in nats, 0
+    where nothing is maskable. It is not trained: they never change, and a run looks them up.
 
     entropy_input: "visible", one pass over the text as it is; "masked", each position while it is
     hidden, a share `rate` of a text at a time."""
     device, rows = texts.input_ids.device, []
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same groups on every device
     size = 1024 if device.type == "cuda" else 64  # texts at once: many keep a GPU busy
-    teacher.requires_grad_()  # autocast casts a weight once a block only if it may be trained
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for index in with_bar(torch.arange(len(texts)).split(size), "the teacher's entropies"):
             batch = texts.batch(index)
@@ -684,11 +683,13 @@ def read_corpus(names: list[str], fraction: float) -> tuple[list[list[str]], lis
     for path in with_bar(corpus_files(names), "reading the corpus"):
         documents += read_documents(path)
     drawn = sorted(draw_pieces(documents))
-    tenth = max(1, sum(u < HELD_OUT for u, _ in drawn))
+    tenth = max(1, min(sum(u < HELD_OUT for u, _ in drawn), len(drawn) - 1))
     held_out, training = [piece for _, piece in drawn[:tenth]], drawn[tenth:]
     for name in sorted(WIKITEXT.keys() & names):
         articles, more = read_wikitext(name)
-        training += [(draw(article[0]), article) for article in articles]
+        # The pieces above drew HELD_OUT or more: --corpus-fraction must take as many of both.
+        training += [(HELD_OUT + (1 - HELD_OUT) * draw(article[0]), article)
+                     for article in articles]
         held_out += more
     if not training:
         words = sum(len(text.split()) for piece in held_out for text in piece)
@@ -734,7 +735,8 @@ def corpus_files(names: list[str]) -> list[Path]:
         if name == "docs" or name in WIKITEXT:
             continue
         path = Path(name)
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        found = filter(Path.is_file, path.rglob("*"))
+        found = sorted(file for file in found if file.suffix in SUFFIXES)
         if path.is_file():
             found = [path]
         if not found:
@@ -834,7 +836,9 @@ class Vocab:
         pieces = [tokenizer.id_to_token(i) or "" for i in range(size)]  # a model may have spare ids
         self.size = size
         self.mask_id, self.pad_id = tokenizer.token_to_id("[MASK]"), tokenizer.token_to_id("[PAD]")
-        special = [piece in SPECIAL_TOKENS or not piece for piece in pieces]
+        added = tokenizer.get_added_tokens_decoder().values()
+        not_text = {*SPECIAL_TOKENS, "", *(token.content for token in added if token.special)}
+        special = [piece in not_text for piece in pieces]
         self.special_ids = tuple(i for i in range(size) if special[i])
         self.ordinary = ~torch.tensor(special, device=device)  # (V,)
         prefix = tokenizer.model.continuing_subword_prefix  # "##" in BERT's own
@@ -888,15 +892,14 @@ def train_tokenizer(documents: list[list[str]], vocab_size: int) -> Tokenizer:
     # The time grows with the square of a word's length: cut what is too long to be a word.
     unbroken = re.compile(r"\S{1000}")
     texts = [unbroken.sub(r"\g<0> ", text) for document in documents for text in document]
-    tokenizer, letters = wordpiece_tokenizer({}), Counter()
+    tokenizer, letters = wordpiece_tokenizer({}), set()
     for text in with_bar(texts, "counting letters"):
         letters.update(tokenizer.normalizer.normalize_str(text))
     # The trainer numbers the one-letter continuations in the order of a hash table that each
     # process seeds anew. Named beforehand, they have an order of their own.
-    split = tokenizer.pre_tokenizer.pre_tokenize_str
-    inside_words = [letter for letter, _ in letters.most_common(1000)
-                    if len(split(f"a{letter}a")) == 1]
-    continuations = sorted("##" + letter for letter in inside_words)
+    normalize, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
+    continuations = sorted("##" + letter for letter in letters
+                           if len(split(normalize(f"a{letter}a"))) == 1)  # inside a word
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, show_progress=False,
                                         special_tokens=[*SPECIAL_TOKENS, *continuations])
     tokenizer.train_from_iterator(with_bar(texts, "training the vocabulary"), trainer)

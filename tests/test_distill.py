@@ -96,10 +96,10 @@ def test_bf16_logits_are_computed_in_float32(alpha):
     assert got.dtype == torch.float32 and torch.equal(got, expected)
 
 
-def model(layers, hidden=16, seed=0, **fields):
+def model(layers, hidden=16, seed=0, heads=2, **fields):
     torch.manual_seed(seed)
     return BertForMaskedLM(BertConfig(
-        vocab_size=30, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2,
+        vocab_size=30, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=24, max_position_embeddings=16, **fields))
 
 
@@ -132,8 +132,12 @@ def test_what_does_not_fit_names_both_shapes():
     both = r"\(30, 16\) in the student and \(30, 32\) in the teacher"
     with pytest.raises(InputError, match=both):
         init_student(model(2), model(2, hidden=32), "embeddings")
-    with pytest.raises(InputError, match="3 layers, the teacher 2"):
+    with pytest.raises(InputError, match="3 layers of 2 heads, the teacher 2 of 2"):
         init_student(model(3), model(2), "layers")
+    few, many = model(2), model(2, heads=4)
+    with pytest.raises(InputError, match="2 layers of 2 heads, the teacher 2 of 4"):
+        init_student(few, many, "layers")
+    init_student(few, many, "embeddings")  # which have none
 
 
 def test_what_does_not_fit_leaves_the_student_as_it_was():

@@ -19,7 +19,7 @@ import torch
 import train
 from model import (SPECIAL_TOKENS, BertConfig, BertForMaskedLM, load_tokenizer, read_safetensors,
                    run_cli, save_pretrained, wordpiece_tokenizer, write_safetensors)
-from test_train import ROOT, SMALL, corpus, weights, without  # noqa: F401 (corpus is a fixture)
+from test_train import ROOT, SMALL, corpus, weights  # noqa: F401 (corpus is a fixture)
 
 WORDS = ["good", "bad", "cat", "sat", "##s", "."]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -125,7 +125,7 @@ def world(tmp_path_factory):
     (root / "demo/train_args.json").write_text("not JSON")
     (root / "results/report.md").mkdir(parents=True)  # where the report should go
     run = {"task": "cola", "model": "m", "strategy": "none", "seed": 0, "args": {}, "versions": {},
-           "epochs": [], "last": {"matthews": 0.5}, "best": {"epoch": 1, "matthews": 0.5},
+           "epochs": [], "last": {"matthews": 0.5},
            "dev": {"predictions": [1], "labels": [1]}, "seconds": 1.0}
     (root / "results/one.json").write_text(json.dumps(run))
     (root / "damaged-results").mkdir()

@@ -663,6 +663,14 @@ def vocabulary(text, folder):
     return folder
 
 
+@pytest.mark.parametrize("extra", [["<image>"], {"image_token": "<image>"}])
+def test_special_tokens_of_a_models_own_are_not_cut(extra, tmp_path):
+    """Newer files of Hugging Face's give each a role."""
+    write_tokenizer({"tokenizer_config.json": {"extra_special_tokens": extra}}, tmp_path)
+    tokens = load_tokenizer(tmp_path).encode("<image> image_token").tokens
+    assert tokens[1] == "<image>" and "image_token" not in tokens
+
+
 SPECIALS = "".join(f"{token}\n" for token in SPECIAL_TOKENS)
 
 

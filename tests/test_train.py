@@ -552,7 +552,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(corpus
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(train.RunError, match="by step 12 .* not finite: .* stays in run"):
+    with pytest.raises(train.RunError, match="by step 12 .* not finite: .* is in run"):
         train.main(["--corpus", str(corpus), *SMALL, "--out", "run"])
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 8
     assert not Path("run/model.safetensors").exists()
@@ -844,6 +844,7 @@ def test_corpora_and_formats_mix_and_a_fraction_keeps_the_held_out_text(tmp_path
     Path("folder/lines.jsonl").write_text('{"text": "one\\ntwo"}\n\n{"text": "three", "id": 3}\n')
     Path("folder/plain.txt").write_text("\n\n".join(f"text {i}" for i in range(200)))
     Path("folder/code.py").write_text("not read")
+    Path("folder/old.txt").mkdir()
     training, held_out = train.read_corpus(["notes.md", "folder"], 1.0)
     found = [*training, *held_out]
     assert len(found) == 204 and 8 < len(held_out) < 40
@@ -851,6 +852,24 @@ def test_corpora_and_formats_mix_and_a_fraction_keeps_the_held_out_text(tmp_path
         assert document in found
     half, held_again = train.read_corpus(["notes.md", "folder"], 0.5)
     assert held_again == held_out and half == training[:math.ceil(len(training) / 2)]
+
+
+def test_two_pieces_are_enough_whatever_they_draw(tmp_path):
+    """Here both drew to be held out."""
+    text = tmp_path / "text.txt"
+    names = [str(i) for i in range(200) if train.draw(f"1 {i}") < train.HELD_OUT]
+    text.write_text("\n\n".join(names[:2]))
+    training, held_out = train.read_corpus([str(text)], 1.0)
+    assert len(training) == len(held_out) == 1 and len(names) > 1
+
+
+def test_a_fraction_takes_as_much_of_wikitext_as_of_other_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "read_wikitext", lambda _: ([[f"wiki {i}"] for i in range(1000)], []))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"own {i}" for i in range(1000)))
+    training, _ = train.read_corpus([str(text), "wikitext-2"], 0.1)
+    own = sum("own" in piece[0] for piece in training)
+    assert 60 < own < 120 and 60 < len(training) - own < 140
 
 
 def test_wikitext_keeps_its_own_held_out_articles(tmp_path, monkeypatch):
@@ -888,6 +907,26 @@ def test_the_vocabulary_is_the_same_in_every_process(corpus):
     first, second = (subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
                                     text=True, check=True) for _ in range(2))
     assert first.stdout == second.stdout and "'##e'" in first.stdout
+
+
+def test_no_piece_continues_a_word_with_a_letter_that_stands_alone():
+    """A Chinese character is a word of its own. Letters of words have an order, however many."""
+    yi = "".join(map(chr, range(0xa000, 0xa000 + 1100)))
+    vocab = train.train_tokenizer([["he 好 好 met", yi[:550], yi[550:]]], 4000).get_vocab()
+    assert "好" in vocab and "##好" not in vocab and "##e" in vocab
+    numbers = [vocab[f"##{letter}"] for letter in yi]
+    assert numbers == sorted(numbers)
+
+
+def test_a_special_token_of_the_tokenizers_own_is_no_text():
+    tokenizer = train.train_tokenizer([["he met her"]], 100)
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.add_tokens(["covid19"])
+    vocab = Vocab(tokenizer, tokenizer.get_vocab_size(), CPU)
+    ordinary = {name: vocab.ordinary[tokenizer.token_to_id(name)].item()
+                for name in ("<image>", "covid19", "[MASK]", "h")}
+    assert ordinary == {"<image>": False, "covid19": True, "[MASK]": False, "h": True}
+    assert tokenizer.token_to_id("<image>") in vocab.special_ids
 
 
 def test_what_continues_a_word_is_known_from_the_tokenizer():
