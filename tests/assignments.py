@@ -293,6 +293,7 @@ A strategy of your own is a class in a file of its own, such as this falling_rat
 
 
 NOT_SET, GIVEN = "is not set in this hand-out", "the course's own solution"
+HAND_IN = f"\n# exercise {MILESTONE.number}: hand in milestone/exam.json, too\n"
 
 
 def handout_texts(exercises: list, solved: list) -> dict[str, str]:
@@ -310,6 +311,7 @@ def handout_texts(exercises: list, solved: list) -> dict[str, str]:
                 mark += " is a helper, yours to write or to leave"
             bodies[file][name] = blank(mark, exercise.docstrings.get(name, ""))
     texts = {file: rewritten(file, new) for file, new in bodies.items()}
+    texts["train.py"] += HAND_IN * (MILESTONE in exercises)  # so that grade knows that it was set
     texts |= {name: (ROOT / name).read_text() for name in ("requirements.txt", "LICENSE")}
     markers = "".join(f"    exercise_{e.number}: {e.title}\n" for e in (*EXERCISES, MILESTONE))
     texts["pytest.ini"] = f"[pytest]\ntestpaths = tests\npythonpath = .\nmarkers =\n{markers}"
@@ -334,8 +336,6 @@ def handout(folder: Path, numbers: list[int], solved_numbers: list[int] = ()):
     for name, text in handout_texts(exercises, solved).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    if MILESTONE in exercises:
-        (folder / "milestone").mkdir()  # where the run goes; grade looks for it
     print(f"{folder}: {len(exercises)} exercises, {sum(e.points for e in exercises)} points")
 
 
@@ -373,11 +373,10 @@ def forbidden_calls(exercise: Exercise, tree: ast.Module, reference: ast.Module)
 def written(exercise: Exercise, tree: ast.Module) -> list[str]:
     """Returns the functions that belong together: the exercise's, and its helpers in the same file
     that are not blank any more."""
-    helper_names = [name for file, name in exercise.places
-                    if file == exercise.file and name not in exercise.functions]
     return [*exercise.functions,
-            *(name for name in helper_names
-              if find(tree, name) and not is_undone(find(tree, name)))]
+            *(name for file, name in exercise.places
+              if file == exercise.file and name not in exercise.functions
+              and (node := find(tree, name)) and not is_undone(node))]
 
 
 def fault(exercise: Exercise, path: Path) -> str | None:
@@ -464,11 +463,11 @@ def grade(folder: Path, exercises: list[Exercise | Milestone],
 
 def was_set(exercise: Exercise, folder: Path) -> bool:
     """Returns whether a hand-out asked for an exercise. One that was not set is blank and says so;
-    one that was shown carries a comment; the milestone has a folder."""
-    if isinstance(exercise, Milestone):
-        return (folder / "milestone").is_dir()
-    path = folder / exercise.file
+    one that was shown carries a comment, and so does train.py where the milestone was set."""
+    path = folder / ("train.py" if isinstance(exercise, Milestone) else exercise.file)
     source = path.read_bytes() if path.is_file() else b""
+    if isinstance(exercise, Milestone):
+        return HAND_IN.strip() in source.decode(errors="replace") or (folder / "milestone").is_dir()
     tree, lines = parse(source)[0], source.decode(errors="replace").split("\n")
     functions = [node for name in exercise.functions if (node := find(tree, name))]
     marks = (NOT_SET, GIVEN)

@@ -318,6 +318,17 @@ def test_what_was_handed_out_is_graded(tmp_path, capsys):
     assert "0/5" in lines[1] and lines[2][-1] == "3/3" and lines[3] == ["3/12"]
 
 
+def test_a_milestone_that_is_not_handed_in_has_no_points(tmp_path, capsys):
+    """Of a hand-out from which nothing but files came back; it was not set in the other."""
+    for name, numbers, sums in ("a", [11, MILESTONE.number], 10), ("b", [11], 0):
+        handout(tmp_path / name, numbers)
+        assert all(path.is_file() or any(path.iterdir()) for path in (tmp_path / name).rglob("*"))
+        capsys.readouterr()
+        assignments.main(["grade", str(tmp_path / name)])
+        exercise, = by_number(11)
+        assert capsys.readouterr().out.split()[-1] == f"0/{exercise.points + sums}"
+
+
 def test_the_assignment_says_what_a_student_needs(students):
     text = (students / "ASSIGNMENT.md").read_text()
     assert max(map(len, text.splitlines())) <= 105

@@ -744,7 +744,7 @@ def test_visible_entropies_are_read_off_the_text_as_it_is():
 def test_candidates_are_drawn_uniformly():
     mlm, batch = small_mlm(num_hidden_layers=1), small_batch(*[8] * 2000)
     with texts_read(mlm) as seen:
-        mask = self_entropy(mlm, 0.25).mask(batch, generator())
+        self_entropy(mlm, 0.25).mask(batch, generator())
     assert all(p.grad is None for p in mlm.parameters()), \
         "self-entropy: gradients are left behind"
     candidates = torch.stack(seen) == MASK  # 4 of 8

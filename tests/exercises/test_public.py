@@ -10,7 +10,6 @@ import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -718,8 +717,7 @@ def test_the_expected_rate_is_the_budget():
 def small_trainer(kd=False, strategy=masking.Random, texts=(14, 9, 11, 14), types=True, **recipe):
     """Returns a trainer over small random texts, and the batch of all of them."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 40))]
-    tokenizer = SimpleNamespace(id_to_token=lambda i: pieces[i], token_to_id=pieces.index,
-                                model=SimpleNamespace(continuing_subword_prefix="##"))
+    tokenizer = model.wordpiece_tokenizer({piece: i for i, piece in enumerate(pieces)})
     batch = small_batch(*texts)
     token_types = (batch.input_ids % 2) if types else None
     corpus = train.Texts(batch.input_ids, train.Vocab(tokenizer, 40, torch.device("cpu")),
