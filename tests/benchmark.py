@@ -321,7 +321,7 @@ def memory():
            f"{found['typhoon']:.0f} / {found['random']:.0f} MiB")
 
 
-def finetuning(device="cpu"):
+def finetuning():
     """An epoch of MRPC: ours, against batches in random order, padded to the longest of each,
     through the reference."""
     if transformers is None or not os.environ.get("GLUE_DIR"):
@@ -332,9 +332,9 @@ def finetuning(device="cpu"):
     documents = [[example.text_a, example.text_b] for example in examples]
     tokenizer = train.train_tokenizer(documents, 8192)
     torch.manual_seed(0)
-    ours = BertForSequenceClassification(BertConfig.preset("mini", vocab_size=8192), 2).to(device)
+    ours = BertForSequenceClassification(BertConfig.preset("mini", vocab_size=8192), 2)
     config = transformers.BertConfig(**config_to_hf(ours))
-    theirs = transformers.BertForSequenceClassification(config).to(device)
+    theirs = transformers.BertForSequenceClassification(config)
     theirs.load_state_dict(to_hf(ours))
     data = glue.tokenise(examples, tokenizer, 128, ours)
     dev = {key: glue.tokenise(part, tokenizer, 128, ours) for key, part in dev.items()}
