@@ -725,6 +725,7 @@ def refuse_to_replace(args: Namespace, weights: bool = True):
 
 
 def refuse_difference(path: Path, before: dict, now: dict, names: set[str], remedy: str):
+    """Raises InputError on the first of these settings that is not what it was before."""
     for name in sorted(names):
         if before.get(name) != now[name]:
             there, here = ("the default" if value is None else value

@@ -755,19 +755,12 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
             options = [*common, *map(fill, pretraining), "--seed", str(seed)]
             args = train.parse_args(options)
             refuse_another_model(checkpoint, args)
-            missing = not (output.exists() or weights.exists())
-            if missing and train.wants_teacher(args):  # one a seed, without the strategy's options
-                teacher = Path(fill(model, masking="teacher"))
-                options += ["--teacher", str(teacher)]
-                its_own = [*common, *train.teacher_options(args),
-                           "--seed", str(train.TEACHER_SEEDS + seed)]
-                refuse_another_model(teacher, train.parse_args(its_own))
-                if not (teacher / WEIGHTS).exists():
-                    command = training(teacher, its_own)
-                    if teachers.setdefault(teacher / WEIGHTS, command) != command:
-                        raise InputError(f"{label}: --teacher-steps goes to --pretrain, as all "
-                                         "strategies of a seed have one teacher")
-            if missing:
+            if not (output.exists() or weights.exists()):
+                if train.wants_teacher(args):  # one a seed, made without the strategy's options
+                    teacher = Path(fill(model, masking="teacher"))
+                    plan_teacher(teacher, teachers, [*common, *train.teacher_options(args),
+                                                     "--seed", str(train.TEACHER_SEEDS + seed)])
+                    options += ["--teacher", str(teacher)]
                 trained[weights] = training(checkpoint, options)
         needed = weights if task == "mlm" else checkpoint
         if "{" in model and not (output.exists() or needed.exists() or weights in trained):
@@ -789,6 +782,16 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
         if not output.exists():
             runs[output] = [sys.executable, glue.__file__, *options]
     return [teachers, trained, runs, exams]
+
+
+def plan_teacher(directory: Path, teachers: dict[Path, list[str]], options: list[str]):
+    """Adds a seed's teacher to `teachers` unless it is there. Raises InputError where it is there,
+    or planned, with other options."""
+    refuse_another_model(directory, train.parse_args(options))
+    weights, command = directory / WEIGHTS, training(directory, options)
+    if not weights.exists() and teachers.setdefault(weights, command) != command:
+        raise InputError(f"{directory}: --teacher-steps goes to --pretrain, as all strategies of a "
+                         "seed have one teacher")
 
 
 def refuse_another_model(directory: Path, args: train.Options):

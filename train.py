@@ -360,7 +360,7 @@ def training_loop(trainer: Trainer, exam: Exam, run: Path, state: dict,
                 # Reading a result waits for the GPU: not in every step.
                 if not results[:step].isfinite().all():
                     raise RunError(f"by step {step} the loss or its gradient is not finite: lower "
-                                   f"--lr or drop --bf16. An earlier checkpoint, if any, is in {run}")
+                                   f"--lr or drop --bf16. A checkpoint, if any, is in {run}")
             if log_now:
                 loss, norm, masked, _ = results[:step].cpu().double().T  # (step,) each
                 new = slice((step - 1) // every[0] * every[0], step)  # since the last line

@@ -334,8 +334,8 @@ def test_the_table_of_the_two_starts_is_that_of_its_runs():
     others = max(max(found) for name, found in ends.items() if not name.endswith("-kd"))
     assert len(steps_of_distilled) == 6
     assert (f"All six distilled models leave it, between steps {min(steps_of_distilled):,} and "
-            f"{max(steps_of_distilled):,}; the worst of them guesses {distilled:.3f}, the best other "
-            f"model {others:.3f}") in " ".join(FINDINGS.split())
+            f"{max(steps_of_distilled):,}; the worst of them guesses {distilled:.3f}, the best "
+            f"other model {others:.3f}") in " ".join(FINDINGS.split())
 
 
 def test_on_english_the_distilled_models_alone_leave_the_plateau():

@@ -1023,7 +1023,7 @@ def test_the_options_of_one_strategy_do_not_reach_the_teacher(here):
     assert "--teacher runs/teacher-0" in models["runs/wide-0/model.safetensors"]
     assert models["runs/given-0/model.safetensors"].endswith(
         "--teacher data/big --seed 0 --out runs/given-0")
-    with pytest.raises(InputError, match="quick: --teacher-steps goes to --pretrain"):
+    with pytest.raises(InputError, match="runs/teacher-0: --teacher-steps goes to --pretrain"):
         planned("entropy", "quick=--masking entropy --teacher-steps 100", pretrain=[])
 
 
@@ -1055,7 +1055,9 @@ def test_what_is_there_is_not_made_again_and_an_interrupted_model_goes_on(here):
 @pytest.mark.parametrize("weights", ["weights", ""])
 def test_a_model_of_other_options_is_not_taken_for_the_sweeps(here, place, options, weights):
     pretrained(place, *options, weights=weights)
-    with pytest.raises(InputError, match=rf"{place} holds a run that differs in {options[0][2:]} \({options[1]} "):
+    option, value = options
+    said = rf"{place} holds a run that differs in {option[2:]} \({value} there, "
+    with pytest.raises(InputError, match=said):
         planned("random", "entropy", pretrain=[])
 
 

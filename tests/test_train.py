@@ -864,7 +864,8 @@ def test_two_pieces_are_enough_whatever_they_draw(tmp_path):
 
 
 def test_a_fraction_takes_as_much_of_wikitext_as_of_other_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "read_wikitext", lambda _: ([[f"wiki {i}"] for i in range(1000)], []))
+    articles = [[f"wiki {i}"] for i in range(1000)]
+    monkeypatch.setattr(train, "read_wikitext", lambda _: (articles, []))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"own {i}" for i in range(1000)))
     training, _ = train.read_corpus([str(text), "wikitext-2"], 0.1)
