@@ -1,5 +1,8 @@
 """What several test files share: a small model, and real English cut into windows."""
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,38 @@ from model import BertConfig, BertForMaskedLM
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for child processes
+
+# Two cores: where the whole suite is asked for, a second process takes these, half of its minutes.
+SECOND_HALF = ["tests/test_stats.py", "tests/test_train.py"]
+
+
+def pytest_configure(config):
+    config.second = None
+    if config.args_source is config.ArgsSource.TESTPATHS and not config.option.collectonly:
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, *SECOND_HALF]
+        config.second_output = tempfile.TemporaryFile("w+", encoding="utf-8")
+        config.second = subprocess.Popen(command, cwd=config.rootpath, stdout=config.second_output,
+                                         stderr=subprocess.STDOUT)
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.second and collection_path in [config.rootpath / name for name in SECOND_HALF]:
+        return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    if session.config.second and (status := session.config.second.wait()):
+        session.exitstatus = status
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_terminal_summary(terminalreporter, config):
+    if config.second:
+        terminalreporter.section(" ".join(SECOND_HALF))
+        config.second_output.seek(0)
+        terminalreporter.write(config.second_output.read())
+        terminalreporter.section("the other tests")
 
 
 @pytest.fixture
