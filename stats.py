@@ -30,7 +30,8 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, groupby, product
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from statistics import NormalDist
 
@@ -258,10 +259,9 @@ class Row:
 
 def grouped(rows: list[Row], *fields: str) -> dict:
     """{value of the fields: its rows}, in the rows' order; several fields make a tuple."""
-    groups = {}
+    groups, value = {}, attrgetter(*fields)
     for row in rows:
-        values = tuple(getattr(row, name) for name in fields)
-        groups.setdefault(values if len(fields) > 1 else values[0], []).append(row)
+        groups.setdefault(value(row), []).append(row)
     return groups
 
 
@@ -342,7 +342,7 @@ IGNORED = {"label", "pattern", "json", "predict", "save", "out", "resume", "data
            "teacher_dir", "teacher_seed", "teacher_weights"}
 OF_THE_STRATEGY = {"masking", "adapt", "kd_weight", "kd_temperature", "kd_start", "student_init",
                    "strategy_start", "entropy_select", "entropy_input", "typhoon_spread",
-                   "typhoon_ema", "teacher"}  # equal within a strategy
+                   "typhoon_ema", "typhoon_loss", "teacher"}  # equal within a strategy
 
 
 def differing(rows: list[Row], part: str) -> list[str]:
@@ -423,8 +423,6 @@ def analyse(folder: Path, *, effect: float | None = None, metric: str | None = N
     notes += resample(rows, metric, resamples)
     every = rows + means_over_tasks(rows)
     pairs = compare_all(rows if against else every, against)
-    for pair in pairs if effect else ():
-        pair["seeds_needed"] = seeds_needed(pair["sd"], effect)
     return {"runs": len(rows), "effect": effect, "metric": metric, "verdict": verdict(pairs),
             "notes": notes + missing_notes(every), "pairs": pairs, "rows": every}
 
@@ -494,14 +492,10 @@ def pair_table(pairs: list[dict], effect: float | None) -> str:
                "d_z": show(pair["dz"], ".2f"),
                "MDE": show(pair["mde"])}
         if effect:
-            needed = pair["seeds_needed"]
+            needed = seeds_needed(pair["sd"], effect)
             row[f"seeds for {effect:g}"] = "> 1,000,000" if needed > 1e6 else show(needed, ",.0f")
         rows.append(row)
     return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
-
-
-def pairs_at(task: str, model: str, pairs: list[dict]) -> list[dict]:
-    return [pair for pair in pairs if (pair["task"], pair["model"]) == (task, model)]
 
 
 def to_markdown(report: dict, picture: str) -> str:
@@ -516,7 +510,8 @@ def to_markdown(report: dict, picture: str) -> str:
         if task == "mlm":
             parts.append(READING_MLM)
         parts.append(cell_table(rows))
-        if pairs := pairs_at(task, model, report["pairs"]):
+        pairs = [pair for pair in report["pairs"] if (pair["task"], pair["model"]) == (task, model)]
+        if pairs:
             parts.append(pair_table(pairs, report["effect"]))
     if report["notes"]:
         parts += ["## Notes", "\n".join(f"- {note}" for note in report["notes"])]
@@ -561,8 +556,8 @@ def forest_svg(pairs: list[dict], metric: str | None) -> str:
 
     text(12, 22, "title", "Mean difference over seeds, with its 95% t interval")
     text(12, 40, "", f"filled: Holm-adjusted p < {ALPHA}; comparisons: {len(pairs)}")
-    for task, model in dict.fromkeys((pair["task"], pair["model"]) for pair in pairs):
-        here = sorted(pairs_at(task, model, pairs), key=lambda pair: -pair["mean"])
+    for (task, _), found in groupby(pairs, itemgetter("task", "model")):
+        here = sorted(found, key=lambda pair: -pair["mean"])
         far = 3 * np.median([abs(end) for pair in here for end in ends_of(pair) if end] or [0])
         near = [end for pair in here for end in ends_of(pair) if abs(pair["mean"]) <= far] + [0]
         low, high = min(near), max(near)
@@ -635,9 +630,10 @@ def read_row(path: Path, metric: str | None) -> Row:
         names = ("right", "count", "log_likelihood") if task == "mlm" else ("predictions", "labels")
         answers = [[np.array(run[dev][name], dtype=float) for name in names]
                    for dev in ("dev", "dev_mismatched") if dev in run]
-        sound = ({name.removesuffix("_mm") for name in metrics} == set(TASK_METRICS[task])
-                 and all(map(math.isfinite, [*metrics.values(), *constant.values()]))
-                 and all(0 < len(column) == len(each[0]) for each in answers for column in each))
+        if not ({name.removesuffix("_mm") for name in metrics} == set(TASK_METRICS[task])
+                and all(map(math.isfinite, [*metrics.values(), *constant.values()]))
+                and all(0 < len(column) == len(each[0]) for each in answers for column in each)):
+            raise ValueError
         # what came of defaults, and the versions, are settings as well
         args |= {name: run[name] for name in ("device", "bf16", "lr") if name in run}
         args |= run.get("versions") or {}
@@ -649,14 +645,11 @@ def read_row(path: Path, metric: str | None) -> Row:
             metrics = metrics | {"score": score}
         if constant:
             constant = constant | {"score": row_score(task, constant, metric)}
-        row = Row(task, run.get("pattern") or run["model"], str(run["strategy"]), int(run["seed"]),
-                  score, metrics, constant, float(run.get("masked") or math.nan), answers, run=run)
+        return Row(task, run.get("pattern") or run["model"], str(run["strategy"]), int(run["seed"]),
+                   score, metrics, constant, float(run.get("masked") or math.nan), answers, run=run)
     except (AttributeError, KeyError, TypeError, ValueError):  # a part is missing or of other kind
-        sound = False
-    if not sound:
         raise InputError(f"{path} is no run of glue.py or train.py with finite metrics and whole "
-                         "answers: remove it")
-    return row
+                         "answers: remove it") from None
 
 
 def read_rows(folder: Path, metric: str | None) -> tuple[list[Row], list[str]]:
@@ -692,7 +685,7 @@ def resample(rows: list[Row], metric: str | None, resamples: int) -> list[str]:
     task and model whose runs kept no answers to the same examples."""
     notes = []
     for (task, model), group in grouped(rows, "task", "model").items():
-        def score(*columns, task=task):
+        def score(*columns):
             found = train.exam_metrics(*columns) if task == "mlm" else glue.metrics(task, *columns)
             return row_score(task, found, metric)
 
@@ -741,8 +734,8 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
     for model, task, seed, strategy in product(models, tasks, seeds, strategies):
         label, pretraining, adaptation = strategy
 
-        def fill(text, masking=label, seed=str(seed)):
-            return text.replace("{masking}", masking).replace("{seed}", seed)
+        def fill(text, masking=label):
+            return text.replace("{masking}", masking).replace("{seed}", str(seed))
 
         name = re.sub(r"[^\w.]+", "-", model).strip("-")
         output = folder / f"{task}--{name}--{label}--{seed}.json"
@@ -751,16 +744,19 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
         is_pretraining, checkpoint = "{masking}" in model, Path(fill(model))
         weights = checkpoint / WEIGHTS
         if is_pretraining and pretrain is not None:
+            if "{seed}" not in model and len(seeds) > 1:
+                raise InputError(f"--models {model}: put {{seed}} into it, for a model a seed")
             common = list(map(fill, pretrain))
             options = [*common, *map(fill, pretraining), "--seed", str(seed)]
-            args = train.parse_args(options)
-            refuse_another_model(checkpoint, args)
+            args, teacher = train.parse_args(options), None
+            if train.wants_teacher(args):  # one a seed, made without the strategy's options
+                teacher = args.teacher = fill(model, masking="teacher")
+            refuse_another_model(checkpoint, args, output)
             if not (output.exists() or weights.exists()):
-                if train.wants_teacher(args):  # one a seed, made without the strategy's options
-                    teacher = Path(fill(model, masking="teacher"))
-                    plan_teacher(teacher, teachers, [*common, *train.teacher_options(args),
-                                                     "--seed", str(train.TEACHER_SEEDS + seed)])
-                    options += ["--teacher", str(teacher)]
+                if teacher:
+                    plan_teacher(Path(teacher), teachers, [*common, *train.teacher_options(args),
+                                 "--seed", str(train.TEACHER_SEEDS + seed)])
+                    options += ["--teacher", teacher]
                 trained[weights] = training(checkpoint, options)
         needed = weights if task == "mlm" else checkpoint
         if "{" in model and not (output.exists() or needed.exists() or weights in trained):
@@ -778,7 +774,7 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
             options += ["--pattern", model]
         options += ["--task", task, "--model", str(checkpoint), "--seed", str(seed),
                     "--json", str(output)]
-        glue.refuse_to_replace(glue.parse_args(options), weights=False)
+        glue.refuse_to_replace(glue.parse_args(options), weights=weights.exists())
         if not output.exists():
             runs[output] = [sys.executable, glue.__file__, *options]
     return [teachers, trained, runs, exams]
@@ -794,15 +790,21 @@ def plan_teacher(directory: Path, teachers: dict[Path, list[str]], options: list
                          "seed have one teacher")
 
 
-def refuse_another_model(directory: Path, args: train.Options):
-    """Raises InputError where a model is there that was made with other options than these: a sweep
-    must not take it for the one that is asked for."""
-    path = directory / "train_args.json"
-    if path.exists():
+def refuse_another_model(directory: Path, args: train.Options, output: Path | None = None):
+    """Raises InputError where a model is there that was made with other options than these, or its
+    result: a sweep must not take it for the one that is asked for."""
+    before, where = None, directory
+    if (path := directory / "train_args.json").exists():
+        before = read_json(path)
+    elif output and output.exists():  # the model is no longer there
+        before, where = read_json(output).get("pretraining"), output
+    if before:
         now = json.loads(json.dumps(vars(args)))  # as a file has it
-        names = now.keys() - IGNORED - {"teacher", "teacher_steps", "device"}
-        glue.refuse_difference(directory, read_json(path), now, names,
-                               "choose other --models, or delete it")
+        now["teacher"] = args.teacher or args.init
+        names = now.keys() - IGNORED - {"device"}
+        if not train.uses_teacher(args):
+            names -= {"teacher", "teacher_steps"}
+        glue.refuse_difference(where, before, now, names, "choose other --models, or delete it")
 
 
 def training(directory: Path, options: list[str]) -> list[str]:

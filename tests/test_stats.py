@@ -1061,6 +1061,36 @@ def test_a_model_of_other_options_is_not_taken_for_the_sweeps(here, place, optio
         planned("random", "entropy", pretrain=[])
 
 
+def test_a_model_of_another_teacher_is_not_taken_for_the_sweeps(here):
+    pretrained("runs/entropy-0", "--masking", "entropy", "--teacher", "runs/teacher-0")
+    assert not planned("entropy", pretrain=[])[1]
+    with pytest.raises(InputError, match=r"entropy-0 .* teacher \(runs/teacher-0 there, big here"):
+        planned("entropy", pretrain=["--teacher", "big"])
+    with pytest.raises(InputError, match=r"differs in teacher_steps \(2400 there, 800 here\)"):
+        planned("entropy", pretrain=["--teacher-steps", "800"])
+
+
+def test_the_result_of_a_model_that_is_gone_is_not_taken_for_anothers(here):
+    pretrained("runs/random-0")
+    _, _, runs, _ = planned("random", pretrain=[])
+    (output, command), = runs.items()
+    run = {"args": vars(stats.glue.parse_args(shlex.split(command)[1:])),
+           "pretraining": json.loads(Path("runs/random-0/train_args.json").read_text())}
+    Path("out").mkdir()
+    Path(output).write_text(json.dumps(run))
+    with pytest.raises(InputError, match="differs in weights"):  # made again since
+        planned("random", pretrain=[])
+    shutil.rmtree("runs/random-0")
+    assert planned("random", pretrain=[]) == [{}, {}, {}, {}]
+    with pytest.raises(InputError, match=r"differs in steps \(1400 there, 800 here\)"):
+        planned("random", pretrain=["--steps", "800"])
+
+
+def test_a_pattern_without_seed_has_no_model_for_two(here):
+    with pytest.raises(InputError, match=r"runs/\{masking\}: put \{seed\} into it"):
+        planned("random", models=["runs/{masking}"], seeds=(0, 1), pretrain=[])
+
+
 def test_a_result_of_other_options_is_not_taken_for_the_sweeps(here):
     _, _, runs, _ = planned("random", models=["m"], extra=["--epochs", "1"])
     (output, command), = runs.items()
@@ -1117,13 +1147,13 @@ def test_the_exam_is_swept_and_reported(here, capsys):
     Path("text.txt").write_text("\n\n".join(paragraphs))
     Path("mine.py").write_text("from masking import Random\nclass Mine(Random):\n    pass\n")
     arguments = ["sweep", "--tasks", "mlm", "--models", PATTERN, "--seeds", "1", "--out", "out",
-                 "--jobs", "2", "--strategies", "mine.py:Mine", "random-kd",
-                 "low=--masking random --mask-rate 0.1", "--pretrain",
+                 "--jobs", "2", "--strategies", "low=--masking mine.py:Mine --mask-rate 0.1",
+                 "random-kd", "--pretrain",
                  "--corpus text.txt --steps 2 --teacher-steps 2 --seq-len 32 "
                  "--batch-size 2 --device cpu"]
     stats.main(arguments)
     assert sorted(contents(here / "out")) == [
-        f"mlm--runs-masking-seed--{label}--1.json" for label in ("Mine", "low", "random-kd")]
+        f"mlm--runs-masking-seed--{label}--1.json" for label in ("low", "random-kd")]
     result = json.loads(Path("out/mlm--runs-masking-seed--random-kd--1.json").read_text())
     assert (result["model"], result["strategy"], result["pattern"], result["seed"]) == (
         "runs/random-kd-1", "random-kd", PATTERN, 1)
