@@ -48,7 +48,9 @@ def init_student(student: nn.Module, teacher: nn.Module, how: str):
 
     how: "embeddings" copies the word, position and token-type embeddings and their LayerNorm;
     "layers" also copies evenly spaced encoder layers, student layer i from teacher layer ⌊i T / S⌋
-    (at T = 2 S every second one, as DistilBERT). Raises InputError where something does not fit."""
+    (at T = 2 S every second one, as DistilBERT). Under "embeddings" a `local_start` fits a teacher
+    that had one: its queries and keys are made for positions that are sines. Raises InputError
+    where something does not fit."""
     if how not in ("embeddings", "layers"):
         raise ValueError(f"unknown how {how!r}: embeddings or layers")
     copy(student.bert.embeddings, teacher.bert.embeddings)

@@ -30,7 +30,7 @@ from urllib.parse import urljoin
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -169,6 +169,7 @@ def finetune(args: Namespace, data: Data | None = None) -> tuple[dict, nn.Module
         adaptation = adapt(trainer, tokenizer, f"{args.task}, {strategy_label(args.adapt)}")
         # Into the encoder under the classifier; the masked LM has no pooler.
         model.bert.load_state_dict(trainer.model.bert.state_dict(), strict=False)
+        del trainer  # and with it a second model and its optimizer: a GPU may need the room
     # [T]'s 2e-5. A small model hardly moves with it and may end in a constant answer: for those the
     # highest of the four learning rates that Turc et al. 2019 (1908.08962) tried on theirs.
     lr = args.lr or (3e-4 if model.config.hidden_size <= 256 else 2e-5)
@@ -267,16 +268,15 @@ def logits_of(model: nn.Module, batch: Batch, bf16: bool | None) -> Tensor:
 def evaluate(name: str, model: nn.Module, dev: dict[str, "Tokenised"],
              bf16: bool = False) -> tuple[dict[str, float], dict[str, dict]]:
     """Returns the metrics on dev, and each dev set's answers: predictions and labels."""
-    predictions = {key: predict(model, data, bf16) for key, data in dev.items()}
-    answers = {key: {"predictions": found.tolist(), "labels": dev[key].labels.tolist()}
-               for key, found in predictions.items()}
-    return metrics_on(dev, name, predictions), answers
+    answers = {key: {"predictions": predict(model, data, bf16).tolist(),
+                     "labels": data.labels.tolist()} for key, data in dev.items()}
+    return metrics_on(name, answers), answers
 
 
-def metrics_on(dev: dict[str, "Tokenised"], name: str, predictions: dict) -> dict[str, float]:
+def metrics_on(name: str, answers: dict[str, dict]) -> dict[str, float]:
     """The metrics on every dev set. For MNLI, accuracy_mm is the accuracy on the mismatched set."""
-    return {metric + "_mm" * (key == "dev_mismatched"): value for key, data in dev.items()
-            for metric, value in metrics(name, predictions[key], data.labels).items()}
+    return {metric + "_mm" * (key == "dev_mismatched"): value for key, given in answers.items()
+            for metric, value in metrics(name, **given).items()}
 
 
 def is_constant(predictions: list) -> bool:
@@ -327,8 +327,6 @@ def tokenise(examples: list[Example], tokenizer: Tokenizer, max_length: int,
     pad, device = tokenizer.token_to_id("[PAD]"), model.classifier.weight.device
     vocab = Vocab(tokenizer, model.config.vocab_size, device)
     tokenizer = copy.deepcopy(tokenizer)  # the caller's is saved with the model, and stays as it is
-    cls, sep = ((token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]"))
-    tokenizer.post_processor = processors.BertProcessing(sep, cls)  # a tokenizer.json may lack it
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     texts = [(a, b) if b is not None else a for a, b, _ in examples]
     ids, types = [], []  # a row for each example
@@ -546,8 +544,8 @@ def baseline(name: str, train_labels: np.ndarray, dev: dict[str, "Tokenised"]) -
     """The metrics on dev of the constant answer: train's commonest class (STS-B: its mean)."""
     values, counts = np.unique(train_labels, return_counts=True)
     constant = values[counts.argmax()] if TASKS[name].labels else train_labels.mean()
-    return metrics_on(dev, name, {key: np.full(len(data.labels), constant)
-                                  for key, data in dev.items()})
+    return metrics_on(name, {key: {"predictions": np.full(len(data.labels), constant),
+                                   "labels": data.labels} for key, data in dev.items()})
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -573,11 +571,10 @@ def load_data(name: str, data_dir: str | Path, test: bool = False) -> Data:
 def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
     """A split's examples in the file's order. A task whose files are not in data_dir is downloaded.
 
-    split: "train", "dev" or "test"; MNLI's "dev" is "dev_matched", and it has "dev_mismatched" too.
-    On test the labels are None, even where the file has them. Logs a row count that is not the
-    official one. Raises InputError, naming file and line, on what is not the task's."""
+    split: one of the task's `sizes`. On test the labels are None, even where the file has them.
+    Logs a row count that is not the official one. Raises InputError, naming file and line, on what
+    is not the task's."""
     task = TASKS[name]
-    split = next((found for found in task.sizes if found.startswith(split)), split)
     official = task.sizes[split]
     path, *dev_ids = locate(task, split, Path(data_dir))
     labelled = not split.startswith("test")
@@ -588,10 +585,9 @@ def load_task(name: str, split: str, data_dir: str | Path) -> list[Example]:
         pairs = {tuple(row.values()) for _, row in read_table(dev_ids[0], header=MRPC_IDS)}
         rows = ((place, row) for place, row in rows
                 if ((row["#1 ID"], row["#2 ID"]) in pairs) == (split == "dev"))
-    examples = []
-    for place, row in rows:
-        label = parse_label(task, row[task.label], place) if labelled else None
-        examples.append(Example(row[task.text_a], row[task.text_b] if task.text_b else None, label))
+    examples = [Example(row[task.text_a], row.get(task.text_b),  # None: a task on single texts
+                        parse_label(task, row[task.label], place) if labelled else None)
+                for place, row in rows]
     if not examples:
         raise InputError(f"{path} holds nothing of {name} {split}: copy or download it again")
     if len(examples) != official:
@@ -779,8 +775,8 @@ def freezable(text: str) -> str:
     return text
 
 
-def make_parser() -> Parser:
-    """Every option of the command line, with its default."""
+def parse_args(argv=None) -> Namespace:
+    """The arguments. Ends in one line on stderr and status 2 where they cannot be right."""
     parser = Parser(description="Fine-tune and evaluate on GLUE.")
     add = parser.add_argument_group("what to run").add_argument
     add("--task", required=True, choices=[*NINE, "all"], metavar="TASK",
@@ -825,19 +821,14 @@ def make_parser() -> Parser:
     add("--predict", metavar="DIR", help="write the GLUE server's files of test predictions")
     add("--label", help="what the run's file calls the strategy (default: that of --adapt)")
     add("--pattern", help="the {masking} and {seed} pattern behind --model; stats.py sets it")
-    return parser
 
-
-def parse_args(argv=None) -> Namespace:
-    """The arguments. Ends in one line on stderr and status 2 where they cannot be right."""
-    parser = make_parser()
     args = parser.parse_args(argv)
     if not math.isclose(sum(args.corruption), 1, abs_tol=1e-6):
         parser.error(f"--corruption {args.corruption}: these must be three shares that sum to 1")
     if args.json and args.task == "all":
         parser.error(f"--json {args.json}: leave it out, --task all writes nine files")
-    if args.json and (Path(args.json).is_dir() or not can_write(args.json)):
-        parser.error(f"--json {args.json}: this is not a file that can be written")
+    if (file := run_file(args)).is_dir() or not can_write(file):
+        parser.error(f"--json {file}: this is not a file that can be written")
     for option, folder in (("--predict", args.predict), ("--save", args.save)):
         if folder and not can_write(Path(folder) / "file"):
             parser.error(f"{option} {folder}: this is not a folder that can be written")

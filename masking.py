@@ -1,4 +1,4 @@
-"""Which tokens should a masked language model have to guess? Six answers, one budget.
+"""Which tokens should a masked language model have to guess? Five answers and a control.
 
 A strategy decides which tokens of a text are masked. How many are masked, the budget, is the same
 for every strategy, so that comparing strategies never means comparing masking rates.
@@ -243,8 +243,8 @@ class Typhoon:
     """[T]: a masking rate for each token type, from a moving average of its gradient saliency.
 
     token_counts (V,): how often each type stands at a maskable position of the corpus; rate: the
-    budget, a fraction; spread σ < 1: the lowest rate is (1 − σ) times the highest; ema_weight β:
-    the weight of the *new* value in the average."""
+    budget, a fraction; spread σ < 1: the lowest rate is (1 − σ) times the highest, while none
+    reaches 1; ema_weight β: the weight of the *new* value in the average."""
 
     def __init__(self, token_counts: Tensor, rate: float, spread: float = 0.4,
                  ema_weight: float = 0.8):
@@ -255,12 +255,6 @@ class Typhoon:
         self.seen = torch.zeros_like(token_counts, dtype=torch.bool)  # (V,)
         # Row 0 sums saliencies, row 1 counts tokens; columns: V types visible, then V types masked.
         self.totals = self.weight.new_zeros(2, 2 * len(token_counts))
-
-    def update(self, original_ids: Tensor, dot: Tensor, maskable: Tensor,
-               masked: Tensor | None = None):
-        """Takes a whole batch into the average: `accumulate`, then `step`."""
-        self.accumulate(original_ids, dot, maskable, masked)
-        self.step()
 
     def accumulate(self, original_ids: Tensor, dot: Tensor, maskable: Tensor,
                    masked: Tensor | None = None):
@@ -307,7 +301,8 @@ class Typhoon:
 
         >>> typhoon = Typhoon(torch.tensor([50, 40, 10]), rate=0.4, spread=0.5)
         >>> every = torch.ones(1, 2, dtype=torch.bool)
-        >>> typhoon.update(torch.tensor([[0, 1]]), torch.tensor([[-2.0, 3.0]]), every)
+        >>> typhoon.accumulate(torch.tensor([[0, 1]]), torch.tensor([[-2.0, 3.0]]), every)
+        >>> typhoon.step()
         >>> [round(r, 2) for r in typhoon.rates().tolist()]  # 0.5·0.5 + 0.4·0.25 + 0.1·0.5 = 0.4
         [0.5, 0.25, 0.5]
         """
@@ -331,11 +326,6 @@ class Typhoon:
         m = (c * falling <= 1).byte().argmax()  # the first 1: the highest u of the others fits
         # c[m] would make the program wait for a GPU to say what m is; gather does not.
         return (c.gather(0, m[None]) * u).clamp(max=1)
-
-    def mask(self, input_ids: Tensor, maskable: Tensor, generator: Generator = None) -> Tensor:
-        """Returns a mask that takes each token independently, at its type's rate. (B, L) bool."""
-        self.used = self.rates()[input_ids]  # (B, L), kept for the demo
-        return (uniform(maskable, generator) < self.used) & maskable
 
 
 # --- corruption -----------------------------------------------------------------------------------
@@ -413,7 +403,7 @@ class Strategy:
         """Is called after an optimizer step; `reduce` sums a tensor over data-parallel ranks."""
 
     def state_dict(self) -> dict:
-        """Returns everything that a resumed run needs."""
+        """Returns everything that a resumed run needs: tensors, numbers, text, lists, dicts."""
         return {}
 
     def load_state_dict(self, state: dict):
@@ -476,9 +466,8 @@ class TyphoonStrategy(Strategy):
                                context.ema_weight)
 
     def mask(self, batch, generator=None):
-        mask = self.typhoon.mask(batch.input_ids, batch.maskable, generator)
-        self.scores = self.typhoon.used
-        return mask
+        self.scores = self.typhoon.rates()[batch.input_ids]  # (B, L): each token at its type's rate
+        return (uniform(batch.maskable, generator) < self.scores) & batch.maskable
 
     def observe(self, batch, unseen, embedding_grad):
         weight = self.context.model.bert.embeddings.word_embeddings.weight

@@ -49,8 +49,7 @@ PRESETS = {  # Turc et al. 2019 (1908.08962), table 1: number of layers, hidden 
 
 @dataclass
 class BertConfig:
-    """The shape of an encoder, in Hugging Face's field names; the defaults are bert-base-uncased's.
-    Raises InputError."""
+    """The shape of an encoder, in Hugging Face's names; the defaults are bert-base-uncased's."""
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -244,7 +243,7 @@ def query_positions(mask: Tensor) -> Queries:
             [2, 0]]), chosen=tensor([0, 1, 2]))
     """
     # A shape is known to the host, so the program waits here for the GPU to count K and N: once a
-    # step, as student, teacher and targets share the queries of a batch.
+    # batch, as student, teacher and targets share its queries.
     count = mask.sum(1)  # (B,)
     K, N = torch.stack([count.max(), count.sum()]).tolist() if len(mask) else (0, 0)
     # A stable descending sort of 0s and 1s brings the wanted ones to the front, in their order.
@@ -684,9 +683,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]):
 def write_atomic(path: str | Path, data: str | bytes):
     """Writes a file whole or not at all. Raises RunError where that fails, as on a full disk."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()

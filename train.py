@@ -166,7 +166,7 @@ class Trainer:
         corrupted, labels = corrupt(batch.input_ids, mask, vocab.mask_id, vocab.size,
                                     recipe.corruption, self.generator, vocab.special_ids)
         # A GPU computes while the program goes on; a line that needs a number from it has to wait.
-        # This one needs N. Student and teacher share it, so that nothing else in a step waits.
+        # This one needs N. Student and teacher share it, so that nothing below waits.
         queries = query_positions(mask)
         targets = queries.pick(labels)  # (N,)
         inputs = {"attention_mask": batch.attention_mask, "token_type_ids": batch.token_type_ids,
@@ -253,8 +253,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 # --- a run ----------------------------------------------------------------------------------------
 
 def pretrain(args: Options, go_on: str = ""):
-    """One run, from text to summary. A signal ends it with everything saved; go_on: what goes on
-    with it then, by default --resume."""
+    """One run, from text to summary. A signal during its steps ends it with everything saved;
+    go_on: what goes on with it then, by default --resume."""
     label, device = strategy_label(args.masking), pick_device(args.device)
     say(f"{label} masking, {args.steps:,} steps: preparing text and model")
     recipe = replace(args, bf16=use_bf16(device, args.bf16))
@@ -308,6 +308,7 @@ def pretrain(args: Options, go_on: str = ""):
     barrier()  # every rank has found the same name before rank 0 makes it
     run = Path(args.out)
     settings = vars(args) | {"resume": None, "windows": texts.digest(), "ranks": world_size(),
+                             "ran_on": f"{device.type}, {'bf16' if recipe.bf16 else 'float32'}",
                              "teacher_weights": teacher_weights, "versions": versions()}
     state = {"step": 0, "seconds": 0.0, "log": [], "results": torch.zeros(args.steps, 4)}
     if args.resume:
@@ -622,7 +623,8 @@ def teacher_options(args: Options) -> list[str]:
 
 def automatic_teacher(args: Options, windows: str, bf16: bool, device: torch.device) -> str:
     """Returns the directory of the teacher for runs that name none, trained now unless it is there.
-    Its name tells all that decides its weights; windows: the digest of the text."""
+    Its name tells what decides its weights, but for the versions of the packages; windows: the
+    digest of the text."""
     seed = ["--seed", str(TEACHER_SEEDS + args.teacher_seed)]
     teacher = make_parser().parse_args([*teacher_options(args), *seed], replace(args))
     decides = ("seed", "preset", "plain_start", "dropout", "steps", "batch_size", "accumulate",
@@ -642,10 +644,9 @@ def automatic_teacher(args: Options, windows: str, bf16: bool, device: torch.dev
 def entropy_table(teacher: BertForMaskedLM, texts: Texts, entropy_input: str, rate: float,
                   bf16: bool) -> Tensor:
     """Returns the teacher's entropy at every position of every text, (n, L) float16 in nats, 0
-    where nothing is maskable. It is not trained: they never change, and a run looks them up.
-
-    entropy_input: "visible", one pass over the text as it is; "masked", each position while it is
-    hidden, a share `rate` of a text at a time."""
+    where nothing is maskable. The teacher is frozen, so its entropies never change: a run looks
+    them up. entropy_input: "visible", one pass over the text as it is; "masked", each position
+    while it is hidden, about a share `rate` of a text at a time (`masked_entropy`)."""
     device, rows = texts.input_ids.device, []
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same groups on every device
     size = 1024 if device.type == "cuda" else 64  # texts at once: many keep a GPU busy
@@ -687,7 +688,8 @@ def read_corpus(names: list[str], fraction: float) -> tuple[list[list[str]], lis
     held_out, training = [piece for _, piece in drawn[:tenth]], drawn[tenth:]
     for name in sorted(WIKITEXT.keys() & names):
         articles, more = read_wikitext(name)
-        # The pieces above drew HELD_OUT or more: --corpus-fraction must take as many of both.
+        # The pieces above drew from HELD_OUT to 1. Articles are brought into the same range: then
+        # --corpus-fraction takes the same share of both.
         training += [(HELD_OUT + (1 - HELD_OUT) * draw(article[0]), article)
                      for article in articles]
         held_out += more
@@ -735,10 +737,8 @@ def corpus_files(names: list[str]) -> list[Path]:
         if name == "docs" or name in WIKITEXT:
             continue
         path = Path(name)
-        found = filter(Path.is_file, path.rglob("*"))
-        found = sorted(file for file in found if file.suffix in SUFFIXES)
-        if path.is_file():
-            found = [path]
+        inside = [file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
+        found = [path] if path.is_file() else sorted(inside)
         if not found:
             raise InputError(f"--corpus {name}: no such file, nor a folder with "
                              f"{', '.join(SUFFIXES)} files (or docs, {', '.join(WIKITEXT)})")
@@ -1143,7 +1143,7 @@ def make_parser() -> Parser:
 
 def parse_args(argv=None) -> Options:
     """Returns the options; with --resume the run's own. Raises InputError where they do not fit one
-    another, or this machine. Models are not looked for."""
+    another. Models and devices are not looked for."""
     nothing = Namespace(**dict.fromkeys(each.name for each in fields(Options)))
     parsed = vars(make_parser().parse_args(argv, nothing))
     given = {name: value for name, value in parsed.items() if value is not None}
@@ -1158,7 +1158,6 @@ def parse_args(argv=None) -> Options:
         out = Path(args.out)
         if not can_write(out / "log.jsonl") or (out.exists() and any(out.iterdir())):
             raise InputError(f"--out {out} must be a new or an empty folder, or --resume {out}")
-    pick_device(args.device)
     return args
 
 

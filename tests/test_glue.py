@@ -30,7 +30,7 @@ import glue
 from glue import TASKS, Example, load_task, metrics
 from masking import STRATEGIES, Context, find_strategy
 from model import (BertConfig, BertForMaskedLM, BertForSequenceClassification, InputError, RunError,
-                   load_pretrained, save_pretrained, wordpiece_tokenizer)
+                   load_pretrained, load_tokenizer, save_pretrained, wordpiece_tokenizer)
 from train import Recipe
 
 GLUE_DIR = os.environ.get("GLUE_DIR", "")
@@ -397,12 +397,12 @@ def test_tokenising_leaves_the_tokenizer_as_it_was(tokenizer):
     assert tokenizer.to_str() == before  # it is saved with the model
 
 
-def test_special_tokens_are_added_whatever_the_tokenizer_file_says(tokenizer):
+def test_special_tokens_are_added_whatever_the_tokenizer_file_says(tokenizer, tmp_path):
     examples = [Example("the cat", "a dog", 0)]
     fields = json.loads(tokenizer.to_str()) | {"post_processor": None}
-    bare = Tokenizer.from_str(json.dumps(fields))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     expected = rows(glue.tokenise(examples, tokenizer, 16, tiny()))
-    found = rows(glue.tokenise(examples, bare, 16, tiny()))
+    found = rows(glue.tokenise(examples, load_tokenizer(tmp_path), 16, tiny()))
     assert found == expected and found[0][0] == tokenizer.token_to_id("[CLS]")
 
 
@@ -781,7 +781,6 @@ def test_mnli_has_two_dev_and_two_test_sets(tmp_path):
               f"{start}|One.|Two.|{others}|neutral|{label}")
         write(tmp_path, f"MNLI/test_{split}.tsv", MNLI, f"{start}|{genre} one.|Two.", end="")
     assert load_task("mnli", "train", tmp_path) == [Example('He said "no.', "She said so.", 1)]
-    assert load_task("mnli", "dev", tmp_path) == load_task("mnli", "dev_matched", tmp_path)
     assert load_task("mnli", "dev_matched", tmp_path) == [Example("One.", "Two.", 2)]
     assert load_task("mnli", "dev_mismatched", tmp_path) == [Example("One.", "Two.", 0)]
     assert load_task("mnli", "test_mismatched", tmp_path) == [Example("letters one.", "Two.", None)]

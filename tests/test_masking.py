@@ -350,22 +350,27 @@ def test_saliency_is_detached_and_computed_in_float32():
     torch.testing.assert_close(got.double(), exact.detach(), rtol=1e-5, atol=1e-5)
 
 
+def update(typhoon: Typhoon, *batch):
+    """A step of one batch."""
+    typhoon.accumulate(*batch)
+    typhoon.step()
+
+
 def test_two_updates_by_hand():
     """Types 1, 2, 3 of five. First batch: type 1 visible with dots 0.25 and 0.75, type 2 visible
     with 0.5 and masked with −0.25. s_1 = −0.5; s_2 = −0.5 − 0.25 = −0.75. Second: type 1 masked
     with 1.0, type 3 visible with −2. w_1 = 0.25·(−0.5) + 0.75·1."""
     typhoon = Typhoon(torch.tensor([0, 2, 1, 1, 0]), rate=0.25, spread=0.5, ema_weight=0.75)
     every = torch.ones(1, 4, dtype=torch.bool)
-    typhoon.update(torch.tensor([[1, 1, 2, 2]]), torch.tensor([[0.25, 0.75, 0.5, -0.25]]), every,
-                   torch.tensor([[False, False, False, True]]))
+    update(typhoon, torch.tensor([[1, 1, 2, 2]]), torch.tensor([[0.25, 0.75, 0.5, -0.25]]), every,
+           torch.tensor([[False, False, False, True]]))
     assert typhoon.weight.tolist() == [0, -0.5, -0.75, 0, 0]
     assert typhoon.seen.tolist() == [0, 1, 1, 0, 0]
     # ŵ = 1 for type 1, 0 for type 2, 1 unseen; u = 1, .5, 1; f = .5, .25, .25; Σ f u = .875
     expected = [0.25 / 0.875 * u for u in (1, 1, 0.5, 1, 1)]
     assert typhoon.rates().tolist() == pytest.approx(expected, rel=1e-12)
-    typhoon.update(torch.tensor([[1, 3, 0, 0]]), torch.tensor([[1.0, -2.0, 9.0, 9.0]]),
-                   torch.tensor([[True, True, False, False]]),
-                   torch.tensor([[True, False, False, False]]))
+    update(typhoon, torch.tensor([[1, 3, 0, 0]]), torch.tensor([[1.0, -2.0, 9.0, 9.0]]),
+           torch.tensor([[True, True, False, False]]), torch.tensor([[True, False, False, False]]))
     assert typhoon.weight.tolist() == [0, 0.25 * -0.5 + 0.75 * 1, -0.75, 2.0, 0]
     # ŵ = (0.625 + 0.75) / 2.75 = 0.5 for type 1, 0 and 1: u = .75, .5, 1; Σ f u = .75
     expected = [0.25 / 0.75 * u for u in (1, 0.75, 0.5, 1, 1)]
@@ -378,7 +383,7 @@ def test_accumulated_micro_batches_are_one_batch():
     maskable, masked = torch.rand(8, 11, generator=g) < 0.8, torch.rand(8, 11, generator=g) < 0.3
     masked &= maskable
     whole, parts = (Typhoon(torch.ones(9), 0.3) for _ in range(2))
-    whole.update(ids, dot, maskable, masked)
+    update(whole, ids, dot, maskable, masked)
     for piece in torch.arange(8).split(3):
         parts.accumulate(ids[piece], dot[piece], maskable[piece], masked[piece])
     parts.step()
@@ -387,8 +392,8 @@ def test_accumulated_micro_batches_are_one_batch():
 
 def test_typhoons_defaults_are_those_of_the_papers_code():
     typhoon = Typhoon(torch.tensor([1, 1]), 0.3)
-    typhoon.update(torch.tensor([[0, 1]]), torch.tensor([[0.0, 1.0]]), rows(2))
-    typhoon.update(torch.tensor([[0, 1]]), torch.tensor([[0.0, 2.0]]), rows(2))
+    update(typhoon, torch.tensor([[0, 1]]), torch.tensor([[0.0, 1.0]]), rows(2))
+    update(typhoon, torch.tensor([[0, 1]]), torch.tensor([[0.0, 2.0]]), rows(2))
     assert typhoon.weight.tolist() == pytest.approx([0.0, -(0.2 * 1 + 0.8 * 2)])
     low, high = sorted(typhoon.rates().tolist())
     assert low / high == pytest.approx(1 - 0.4)
@@ -401,7 +406,7 @@ def test_before_any_update_every_type_has_the_rate():
 def test_one_type_seen_has_the_rate_of_the_unseen():
     """Its highest and lowest average are the same, so that nothing can be scaled; no 0 / 0."""
     typhoon = Typhoon(torch.tensor([3, 4, 5]), 0.3)
-    typhoon.update(torch.tensor([[1]]), torch.tensor([[2.0]]), torch.tensor([[True]]))
+    update(typhoon, torch.tensor([[1]]), torch.tensor([[2.0]]), torch.tensor([[True]]))
     assert typhoon.seen.tolist() == [False, True, False]
     assert typhoon.rates().tolist() == pytest.approx([0.3] * 3)
 
@@ -429,7 +434,10 @@ def test_typhoon_masks_at_its_rates():
     typhoon.weight = torch.tensor([0.0, 1.0, 0.5]).double()
     typhoon.seen = torch.ones(3, dtype=torch.bool)
     ids = torch.arange(3).repeat(20_000, 1)
-    share = typhoon.mask(ids, torch.ones_like(ids, dtype=torch.bool), generator()).float().mean(0)
+    strategy = STRATEGIES["typhoon"](Context(0.3, None, torch.tensor([1, 1, 2]), None, 4))
+    strategy.typhoon = typhoon
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(20_000), None, None)
+    share = strategy.mask(batch, generator()).float().mean(0)
     assert ((share - typhoon.rates()).abs() < 4 * (0.21 / 20_000) ** 0.5).all()
 
 
@@ -886,7 +894,7 @@ def test_every_strategy_runs_on_cuda_and_follows_its_generator(name, model):
     table = torch.rand(8, 20, device=device)
     strategy = STRATEGIES[name](Context(0.2, model.to(device), texts.token_counts(),
                                         texts.vocab.continuation, 4, table))
-    batch = texts.batch(torch.arange(8, device=device))
+    batch = texts.batch(torch.arange(8))
     first, second = (strategy.mask(batch, torch.Generator(device).manual_seed(1)) for _ in range(2))
     assert first.device.type == "cuda" and torch.equal(first, second) and first.any()
 

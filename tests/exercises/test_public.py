@@ -647,18 +647,24 @@ def test_saliency_by_hand():
 
 # --- 13: Typhoon's average ------------------------------------------------------------------------
 
+def update(typhoon, *batch):
+    """A step of one batch."""
+    typhoon.accumulate(*batch)
+    typhoon.step()
+
+
 @exercise(13)
 def test_two_updates_by_hand():
     """Type 1 is visible with dots 1 and 3, then masked with 4; type 2 is visible with 5."""
     typhoon = masking.Typhoon(torch.tensor([0, 2, 1, 1]), rate=0.25, ema_weight=0.75)
     every = torch.ones(1, 3, dtype=torch.bool)
-    typhoon.update(torch.tensor([[1, 1, 2]]), torch.tensor([[1.0, 3.0, 5.0]]), every, None)
+    update(typhoon, torch.tensor([[1, 1, 2]]), torch.tensor([[1.0, 3.0, 5.0]]), every, None)
     assert same(typhoon.seen, [False, True, True, False]), "average: the wrong types are seen"
     assert near(typhoon.weight, [0, -2, -5, 0]), \
         "average: after one update the weights are " \
         f"{plain(typhoon.weight).tolist()}, not [0, -2, -5, 0]"
-    typhoon.update(torch.tensor([[1, 0, 0]]), torch.tensor([[4.0, 9.0, 9.0]]),
-                   torch.tensor([[True, False, False]]), torch.tensor([[True, False, False]]))
+    update(typhoon, torch.tensor([[1, 0, 0]]), torch.tensor([[4.0, 9.0, 9.0]]),
+           torch.tensor([[True, False, False]]), torch.tensor([[True, False, False]]))
     assert near(typhoon.weight, [0, 0.25 * -2 + 0.75 * 4, -5, 0]), \
         f"average: after two updates they are {plain(typhoon.weight).tolist()}, not [0, 2.5, -5, 0]"
 
