@@ -136,9 +136,7 @@ def entropy_mask(entropy: Tensor, maskable: Tensor, rate: float, select: str = "
 
     select: `high`, the k most uncertain positions; `low`, the k least; `middle`, the k nearest the
     median entropy of the row; `mixed`, half of k the most uncertain, half uniformly from the rest;
-    `sample`, k without replacement with probability proportional to H. With a frozen teacher the
-    first three choose the same positions every epoch (static masking, RoBERTa §4.1) but for the
-    rounding of k; `mixed` and `sample` vary.
+    `sample`, k without replacement with probability proportional to H.
 
     entropy (B, L) in nats, maskable (B, L) bool -> (B, L) bool.
 
@@ -153,6 +151,8 @@ def entropy_mask(entropy: Tensor, maskable: Tensor, rate: float, select: str = "
 def select_positions(scores: Tensor, maskable: Tensor, k: Tensor, select: str,
                      generator: Generator = None) -> Tensor:
     """Returns `entropy_mask` for a given budget k (B,). Raises ValueError on another `select`."""
+    # Of a frozen teacher's entropies the first three choose the same positions every epoch, but for
+    # the rounding of k (static masking, RoBERTa §4.1). `mixed` and `sample` vary.
     scores = scores.float()
     if select == "high":
         return top_k(scores, maskable, k)
@@ -163,6 +163,7 @@ def select_positions(scores: Tensor, maskable: Tensor, k: Tensor, select: str,
         median = known.nanquantile(0.5, dim=1, keepdim=True)  # (B, 1)
         return top_k(-(scores - median).abs(), maskable, k)
     if select == "mixed":
+        # A small model that must guess only the most uncertain tokens never learns the common ones.
         coin = uniform(k, generator) < 0.5  # an odd k leaves one over: it goes to either half
         high = top_k(scores, maskable, (k + coin) // 2)
         return high | top_k(uniform(scores, generator), maskable & ~high, k - high.sum(1))
@@ -425,9 +426,7 @@ class WholeWord(Strategy):
 
 class Entropy(Strategy):
     """`entropy_mask` by a frozen teacher's entropies, which never change and are looked up.
-
-    `mixed`: half of the budget goes by entropy, the other half at random. A small model that must
-    guess nothing but the most uncertain tokens does not learn the common words."""
+    `mixed`: half of the budget goes by entropy, the other half at random."""
     needs_teacher = True
     select = "mixed"
 

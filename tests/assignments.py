@@ -196,7 +196,9 @@ def assignment(exercises: list, solved: list) -> str:
     files = ", ".join(FILES) + ", milestone/exam.json" * (MILESTONE in exercises)
     hand_in = item(f"Hand in {files}; not baseline_2023.py. Only the named functions count, and "
                    "what they use of your own: imports, functions, classes and constants at the "
-                   "top level of the same file, and methods of the same class.")
+                   "top level of the same file, and methods of the same class."
+                   + " With exercises 22 to 28 hand in your text, too, and the file of your "
+                   "strategy." * any(isinstance(e, OpenExercise) for e in exercises))
     parts = [f"""# Assignment
 
 {sum(e.points for e in exercises)} points. Most exercises are one to three functions without bodies;
@@ -336,7 +338,8 @@ def handout(folder: Path, numbers: list[int], solved_numbers: list[int] = ()):
     for name, text in handout_texts(exercises, solved).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    print(f"{folder}: {len(exercises)} exercises, {sum(e.points for e in exercises)} points")
+    print(f"{folder}: {len(exercises)} exercises, {sum(e.points for e in exercises)} points; to "
+          f"grade: grade DIR {' '.join(str(e.number) for e in exercises)}")
 
 
 # --- the grader -----------------------------------------------------------------------------------
@@ -367,7 +370,8 @@ def forbidden_calls(exercise: Exercise, tree: ast.Module, reference: ast.Module)
     code = added + [node for _, node in methods]
     code += [find(tree, name) for name in exercise.functions
              if ast.dump(find(tree, name)) != ast.dump(find(reference, name))]
-    return set().union(*map(library_names, code)) & set(exercise.forbidden)
+    checks = {"test_hidden", "test_public", "grading"}  # some compute what they ask for
+    return set().union(*map(library_names, code)) & {*exercise.forbidden, *checks}
 
 
 def written(exercise: Exercise, tree: ast.Module) -> list[str]:

@@ -339,6 +339,9 @@ def test_the_assignment_says_what_a_student_needs(students):
                        *exercise.functions, *exercise.forbidden,
                        f"python -m pytest -m exercise_{exercise.number}`"):
             assert needed in part
+    whole = " ".join(" ".join(path.read_text().split()) for path in students.rglob("*.*"))
+    for answer in ("never learns the common", "mostly says how rare", "the same positions every"):
+        assert answer not in whole  # to 23 and 24
     hand_in = " ".join(text.split("- Hand in ")[1].split(". Only")[0].split())
     assert hand_in == ", ".join([*FILES, "milestone/exam.json; not baseline_2023.py"])
 

@@ -1256,6 +1256,7 @@ def confidence_interval(differences, level=LEVEL):
     ("a normal distribution", "p = t_tail(t, n - 1)", "p = math.erfc(abs(t) / 2 ** 0.5)"),
     ("different lengths", "if len(a) != len(b):\n",
      "a, b = a[:len(b)], b[:len(a)]\n    if False:\n"),
+    ("lengths that broadcast", "if len(a) != len(b):\n", "if False:\n"),
     ("p of 0 without a spread", 'if n == 1 or sd == 0:\n        return float("nan"), float("nan")',
      'if n == 1 or sd == 0:\n        return float("inf"), 0.0'),
     ("p of 1 where all are 0", "if n == 1 or sd == 0:",
@@ -1453,7 +1454,19 @@ class TaskTyphoon:
         self.typhoon.accumulate(batch.input_ids, dot, batch.maskable)
         self.head_optimizer.step()
         self.probe.zero_grad()
+''', "the head's gradients are left until the next call": '''
+class TaskTyphoon:
+    def learn_from_labels(self, batch):
+        self.head_optimizer.zero_grad()
+        words = self.probe.bert.embeddings.word_embeddings(batch.input_ids)
+        words = words.detach().requires_grad_()
+        logits = self.probe(inputs_embeds=words, attention_mask=batch.attention_mask,
+                            token_type_ids=batch.token_type_ids)
+        task_loss(logits, self.labels[batch.index]).backward(inputs=[words, *self.head])
+        self.observe(batch, None, words.grad)
+        self.head_optimizer.step()
 '''}, [
+    ("the shared encoder is left in evaluation mode", "loss = ", "self.probe.eval()\n        loss = "),
     ("labels in the order of the batch", "self.labels[batch.index]",
      "self.labels[:len(batch.index)]"),
     ("no attention mask", "attention_mask=batch.attention_mask", "attention_mask=None"),
@@ -1463,7 +1476,6 @@ class TaskTyphoon:
     ("the head stays as it is", "self.head_optimizer.step()", "pass"),
     ("two steps of the head", "self.head_optimizer.step()",
      "self.head_optimizer.step(); self.head_optimizer.step()"),
-    ("the head's gradients are left behind", "self.head_optimizer.zero_grad()", "pass"),
     ("the head's gradients add up", "parameter.grad = found",
      "parameter.grad = found if parameter.grad is None else parameter.grad + found",
      "self.head_optimizer.zero_grad()", "self.kept = [p.grad for p in self.head]\n"

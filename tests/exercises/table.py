@@ -125,7 +125,8 @@ logits, which are computed in float32.""", 3, 25, 1, (
     Exercise(
         8, "The five selections", "masking.py", ("select_positions",),
         "[E] compares several selections; `mixed` and `sample` as defined here are ours", """
-Spends a budget k, counted already, by a score (here entropy):
+Spends a budget k, counted already, by a score (here entropy). Where a row has fewer than k maskable
+positions, it takes all of them.
 
 - `high`: the k highest; `low`: the k lowest; `middle`: the k nearest the median of the maskable
   positions of its row (of an even number, the middle between two);
@@ -141,20 +142,24 @@ Another `select` raises ValueError.""", 6, 75, 3, (
     Exercise(
         9, "The entropy of a masked token", "masking.py", ("masked_entropy",),
         "ours, a second reading of [E], which does not say where entropy is read", """
-The entropy of a token that the model can see mostly says how rare the token is. So the maskable
-positions of each row are dealt at random into ⌈1/rate⌉ groups, as equal in size as can be, and each
-group is masked in turn: that many passes. Returns every position's entropy in the pass that hid it,
-0 off the maskable positions.""", 6, 60, 2, (
+The entropy at a token that the model can see answers another question than at one that is hidden.
+So the maskable positions of each row are dealt at random into ⌈1/rate⌉ groups, as equal in size as
+can be, and each group is masked in turn: that many passes. Returns every position's entropy in the
+pass that hid it, 0 off the maskable positions.""", 6, 60, 2, (
             "`position_entropy` is given: one pass, for some of the positions.",
             "A random order and a remainder make groups of equal size."),
-        builds_on=(3, 4, 5, 7)),
+        builds_on=(3, 4, 5, 7), docstrings={"masked_entropy": """
+Returns the entropy of every maskable position while its token is hidden from the model.
+
+Each row's positions are dealt at random into ⌈1/rate⌉ groups, which are masked one after
+another, in as many passes. Returns (B, L) in nats, 0 where nothing is maskable."""}),
     Exercise(
         10, "Self-entropy", "masking.py", ("SelfEntropy.mask",),
         "[E], self-masking; drawing candidates is ours", """
 The model in training is its own reference. With `context.entropy_input == "masked"`: a budget k for
-each row, 2k candidates drawn uniformly, all of them masked, one pass, and of the candidates k by
-`self.select` (exercise 8). With "visible": one pass over the text as it is, and k of all maskable
-positions. The model's mode, its gradients and the batch stay as they were.""", 5, 45, 2, (
+each row, 2k candidates drawn uniformly (all, where there are fewer) and masked, one pass, and of
+the candidates k by `self.select` (exercise 8). With "visible": one pass over the text as it is, and
+k of all maskable positions. The model's mode, its gradients and the batch stay as they were.""", 5, 45, 2, (
             "k is drawn once: the candidates are twice that k.",),
         builds_on=(1, 3, 4, 5, 7, 8)),
     Exercise(
@@ -166,7 +171,7 @@ the mean over the N masked positions, in nats. At α = 0 there may be no teacher
 (hundreds) do not overflow, and bfloat16 logits are computed in float32.""", 5, 45, 2, (
             "KL(p ‖ q) = Σ p (ln p − ln q): who is p?",
             "Work with logarithms of probabilities and never with the logarithm of a softmax."),
-        forbidden=("kl_div", "KLDivLoss")),
+        forbidden=("kl_div", "KLDivLoss", "kl_divergence", "Categorical", "distributions")),
     Exercise(
         12, "Embedding saliency", "masking.py", ("embedding_saliency",),
         "[T]: the gradient with respect to one-hot token inputs; the identity is ours", """
@@ -305,8 +310,8 @@ encoder with that masked LM and has a head of its own. One call, for one batch:
   seen;
 - `self.head_optimizer` takes one step on `self.head`.
 
-The encoder learns nothing from the labels: its weights stay, no gradient is left in it, and nothing
-of it is frozen.""", 6, 50, 2, (
+The encoder learns nothing from the labels: its weights and its mode stay, no gradient is left in
+it, and nothing of it is frozen.""", 6, 50, 2, (
             "`loss.backward(inputs=[...])` computes the gradients of these tensors alone.",
             "The probe takes `inputs_embeds`. What must they be, to have a gradient of their own?"),
         builds_on=(3, 4, 12, 13)),
@@ -336,8 +341,9 @@ English from the documentation that ships with Python, in some minutes on two co
 
 The exam at its end masks 15% of a held-out text at random, for everybody alike. A model whose loss
 is not below that of "word-piece frequency alone" learnt nothing of the context: a mask, a gradient
-or a target is wrong. Once "this model" is below it, hand in milestone/exam.json; the rest of that
-folder is not needed.
+or a target is wrong. One that is below it and misses the last column of the table learnt too
+little, or saw the answers: a part is still wrong. Where loss and accuracy lie in that column, hand
+in milestone/exam.json; the rest of that folder is not needed.
 
 After a crash or Ctrl-C, `python train.py --resume milestone` goes on from the last checkpoint. To
 begin again, as after every change of your code, empty the folder first.""",
@@ -400,7 +406,8 @@ with a `mask` method in a file of its own, as the README's example:
 `python train.py --masking my_strategy.py:MyStrategy`. Compare it with random masking over at least
 five seeds (`python stats.py sweep --tasks mlm`), and report in at most two pages.""", 600, (
         (4, "the idea, and why it might help, in terms of what the model can learn from a token"),
-        (4, "the masked share is the rate on texts of any length, shown by a measurement"),
+        (4, "the masked share is the one that the strategy promises, on texts of any length, shown "
+            "by a measurement; the comparison says so where it is not random masking's"),
         (4, "randomness comes from the generator; special tokens and padding are never masked"),
         (4, "five seeds or more, the same for both strategies; interval and p-value, adjusted if "
             "several comparisons were made"),
@@ -409,10 +416,9 @@ five seeds (`python stats.py sweep --tasks mlm`), and report in at most two page
 Five worked examples are in tests/exercises/strategies: spans, pairs of high PMI, a falling rate,
 the hardest tokens by loss, and the baseline of exercise 27."""),
     OpenExercise(26, "Is entropy masking more than rarity?", """
-The entropy at a visible token mostly says how rare the token is. The strategy `rarity` is the
-control (ours): frequency in the entropy's place. Find out whether `entropy` does better than
-`rarity`, overall and on common, middling and rare word pieces (the three bands of the exam), with
-and without masked entropies (`--entropy-input`).""", 600, (
+The strategy `rarity` is the control (ours): frequency in the entropy's place. Find out whether
+`entropy` does better than `rarity`, overall and on common, middling and rare word pieces (the three
+bands of the exam), with and without masked entropies (`--entropy-input`).""", 600, (
         (4, "a hypothesis with a direction, written down before the runs, and the smallest effect "
             "that would matter"),
         (4, "the number of seeds follows from that effect (`stats.py report --effect`)"),

@@ -376,7 +376,7 @@ def test_the_head_is_the_formula():
 @torch.no_grad()
 def test_the_head_runs_on_the_chosen_rows_alone():
     mlm, seen = small_mlm(), []
-    mlm.head.dense.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0].shape))
+    mlm.head.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0].shape))
     ids = torch.randint(5, 40, (3, 8), generator=generator())
     positions = torch.rand(3, 8, generator=generator(1)) < 0.3
     got = mlm(ids, positions=model.query_positions(positions))
@@ -471,8 +471,8 @@ def test_where_words_begin():
     assert {tuple(row) for row in mask.tolist()} == {(False,) * 3, (True,) * 3}, \
         "whole-word: the first token of a row must begin a word"
     empty = torch.zeros(2, 5, dtype=torch.bool)
-    assert not masking.whole_word_mask(empty, empty, 0.5, generator()).any(), \
-        "whole-word: it masks in a text without ordinary tokens"
+    none = as_mask(masking.whole_word_mask(empty, empty, 0.5, generator()), empty, "whole-word")
+    assert not none.any(), "whole-word: it masks in a text without ordinary tokens"
 
 
 # --- 7: entropy -----------------------------------------------------------------------------------
@@ -1073,7 +1073,7 @@ def run_step(trainer, batch, mask, kd_weight, masked_in_all=None):
         calls.append((result[0].clone(), bound.arguments))
         return result
 
-    with replaced(train, "corrupt", spy):
+    with replaced(train, "corrupt", spy), replaced(masking, "corrupt", spy):
         total = mask.sum() if masked_in_all is None else torch.tensor(masked_in_all)
         loss = trainer.micro_step(batch, mask, total, kd_weight)
     assert len(calls) == 1, f"step: it calls corrupt {len(calls)} times, not once"
@@ -1380,8 +1380,9 @@ def test_where_there_is_no_spread():
             differences = [x - y for x, y in zip(a, b)]
             assert plain(stats.confidence_interval(differences)).isnan().all(), \
                 f"interval: (nan, nan) is wanted of {words}"
-    assert raises(ValueError, stats.paired_t_test, [1, 2, 3], [1, 2]), \
-        "paired t: a and b of different length do not raise ValueError"
+    for a, b in (([1, 2, 3], [1, 2]), ([1], [1, 2, 3])):
+        assert raises(ValueError, stats.paired_t_test, a, b), \
+            "paired t: a and b of different length do not raise ValueError"
 
 
 # --- 18: Holm -------------------------------------------------------------------------------------
@@ -1525,7 +1526,7 @@ def test_columns_are_resampled_together():
     assert abs(got.mean() - 0.8) < 0.005, "bootstrap: not all examples are equally likely"
     other = stats.resampled_scores(accuracy, wrong, labels, resamples=4000, seed=1)
     assert not near(other, got), "bootstrap: the argument seed is ignored"
-    paired = stats.resampled_scores(lambda x: x.sum(), wrong.tolist(), resamples=300, seed=1)
+    paired = stats.resampled_scores(lambda x: x.sum(), wrong, resamples=300, seed=1)
     first = stats.resampled_scores(lambda x, y: x.sum(), wrong, labels, resamples=300, seed=1)
     assert near(paired, first), "bootstrap: the same seed does not draw the same examples"
     rows_of_three = stats.resampled_scores(lambda x: x.sum(), np.eye(3), resamples=50, seed=0)
@@ -1587,5 +1588,7 @@ def test_the_saliency_is_that_of_the_task_loss():
                   "the average does not get the gradient of task_loss at the text's own tokens",
                   1e-5)
             assert len(steps) == turn + 1, "task: head_optimizer does not take one step a call"
+            assert all(m.training for m in strategy.context.model.modules()), \
+                "task: the encoder, which the masked LM shares, is left in evaluation mode"
             assert near(steps[-1], head, 1e-4), "task: the head's step does not follow the " \
                 "gradient of this batch's loss: is an earlier one left?"

@@ -8,7 +8,7 @@ from masking import Strategy, uniform
 
 
 class Baseline(Strategy):
-    """Each token is masked with the probability `rate`."""
+    """Each maskable token is masked with the probability `rate`, and no other."""
 
     def mask(self, batch, generator=None):
         probability = torch.full(batch.input_ids.shape, self.context.rate)
