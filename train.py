@@ -140,7 +140,8 @@ class Trainer:
     """A model, its optimizer and a strategy, one optimizer step at a time.
 
     All randomness of a step is a function of (seed, rank, step), and the order of the texts one of
-    (seed, epoch). So a resumed run goes on exactly as it would have, and stores no generator."""
+    (seed, epoch). So a resumed run goes on exactly as it would have, and stores no generator. (On a
+    GPU, as exactly as its kernels repeat a sum: some add in any order.)"""
 
     def __init__(self, model: BertForMaskedLM, texts: Texts, strategy: Strategy, recipe: Recipe,
                  teacher: BertForMaskedLM | None = None):
@@ -1193,9 +1194,8 @@ def main(argv=None):
             raise RunError("another process of this run was lost, and its own messages say why; "
                            "--resume goes on from the last checkpoint, if there is one") from None
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: with NCCL the others would be waited for
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ part_run() {
     [ "$STEPS" ] && main="$main --steps $STEPS --teacher-steps $STEPS"
     timeout $((120 * SLACK)) $main --out runs/gpu-main >runs/gpu-main.log 2>&1
     echo "main job: exit $?"
-    # The same once more, stopped after its first exam and resumed.
+    # The same once more, stopped after the first line of its log and resumed.
     $main --out runs/gpu-resumed >runs/gpu-resumed.log 2>&1 &
-    for _ in $(seq $((120 * SLACK))); do
+    for _ in $(seq $((480 * SLACK))); do
         [ -s runs/gpu-resumed/log.jsonl ] && break
         sleep 0.25
     done

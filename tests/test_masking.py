@@ -900,7 +900,7 @@ def test_every_strategy_runs_on_cuda_and_follows_its_generator(name, model):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_generator_on_the_cpu_draws_the_same_for_every_device(model):
+def test_a_generator_on_the_cpu_draws_the_same_on_cuda(model):
     ids = torch.randint(5, 60, (8, 20), generator=generator())
     maskable = torch.ones_like(ids, dtype=torch.bool)
     there = [tensor.cuda() for tensor in (ids, maskable)]
