@@ -311,7 +311,7 @@ QUERY_KEY_SCALE = 3.0  # g, on queries and on keys: scores grow ninefold
 
 
 def init_weights(model: nn.Module, config: BertConfig):
-    """Sets matrices to N(0, σ²) and biases to 0, in place: BERT's start, but for σ.
+    """Sets matrices to N(0, σ²) and biases to 0, in place: as Hugging Face's BERT, but for σ.
 
     σ is BERT's 0.02 at BERT-base's width H = 768, and proportional to 1 / √H elsewhere (0.049 at
     `tiny`), so that a sum of H products has the same size at every width. A tiny model learns

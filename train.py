@@ -63,7 +63,7 @@ VOCAB_SIZE = 4096  # of a vocabulary of the text's own
 
 # --- the recipe -----------------------------------------------------------------------------------
 # A field of these classes is an option of the command line too: mask_rate is --mask-rate. Its
-# default, help and bounds stand here and nowhere else.
+# default, help and bounds stand here.
 
 FRACTION, BELOW_1 = number(float, low=0, high=1), number(float, low=0, below=1)
 POSITIVE, COUNT = number(float, above=0), number(int, low=1)
