@@ -14,7 +14,7 @@ torch.set_num_threads(1)  # tiny models: a second thread only waits
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for child processes
 
 # Two cores: where the whole suite is asked for, a second process takes these, half of its minutes.
-SECOND_HALF = ["tests/test_stats.py", "tests/test_train.py"]
+SECOND_HALF = ["tests/test_readme.py", "tests/test_stats.py", "tests/test_train.py"]
 
 
 def pytest_configure(config):
