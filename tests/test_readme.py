@@ -351,15 +351,6 @@ def test_on_english_the_distilled_models_alone_leave_the_plateau():
     assert {name: set(found) for name, found in left.items()} == dict.fromkeys(left, {None})
 
 
-def test_the_one_run_that_masks_special_tokens_is_that_of_its_file():
-    run = json.loads((RESULTS / "specials-0.json").read_text())
-    random = [json.loads(path.read_text())["last"]["f1"]
-              for path in (RESULTS / "adaptation").glob("*--random--*.json")]
-    said = (f"Its F1 is {run['last']['f1']:.3f}; the five seeds of `random` lie between "
-            f"{min(random):.3f} and {max(random):.3f}.")
-    assert len(random) == 5 and said in " ".join(FINDINGS.split())
-
-
 # --- on a GPU -------------------------------------------------------------------------------------
 
 def kept_on_the_gpu(name: str) -> dict:
