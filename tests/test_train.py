@@ -317,6 +317,7 @@ def test_a_run_leaves_its_exam_and_what_it_was_made_from(corpus, tmp_path, monke
     assert record["args"] == record["pretraining"] == settings
     assert settings["teacher_weights"] == weights_digest(settings["teacher"])
     assert settings["ranks"] == 1 and 0.29 < record["masked"] < 0.31
+    assert settings["ran_on"] == "cpu, float32"  # where --device says auto and --bf16 nothing
     assert record["last"].keys() == record["baseline"].keys() == {
         "accuracy", "common", "middle", "rare", "log_likelihood"}
     rows = {name: np.array(part) for name, part in record["dev"].items()}
