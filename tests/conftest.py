@@ -33,8 +33,10 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
-    if session.config.second and (status := session.config.second.wait()):
-        session.exitstatus = status
+    nothing = pytest.ExitCode.NO_TESTS_COLLECTED  # -k may choose tests of one half alone
+    if session.config.second and (status := session.config.second.wait()) != nothing:
+        if session.exitstatus in (pytest.ExitCode.OK, nothing):
+            session.exitstatus = status
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -91,7 +91,7 @@ adaptation)
         --strategies none random whole-word typhoon -- --lr 5e-5 --bf16 --device cpu
     python stats.py report runs/adaptation --metric f1
     ;;
-specials)  # without --bf16, which the processor of its first run lacks; random in fp32 beside it
+specials)  # without --bf16, which the processor of its runs lacks; random in fp32 beside it
     $sweep --tasks mrpc --models $minilm --out runs/specials "${seeds[@]}" \
         --strategies random "$specials" -- --lr 5e-5 --device cpu
     python stats.py report runs/specials --metric f1

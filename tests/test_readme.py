@@ -351,6 +351,18 @@ def test_on_english_the_distilled_models_alone_leave_the_plateau():
     assert {name: set(found) for name, found in left.items()} == dict.fromkeys(left, {None})
 
 
+def test_what_the_baseline_of_2023_hides_and_may_cost():
+    hidden = {}
+    for path in (RESULTS / "specials").glob("*.json"):
+        run = json.loads(path.read_text())
+        hidden.setdefault(run["strategy"], []).append(1000 * run["masked"])
+    baseline, ours = (round(statistics.mean(hidden[name])) for name in ("specials", "random"))
+    lost = differences("specials")["specials − random, mrpc"]["difference"].split("[-")[1]
+    said = " ".join(FINDINGS.split())
+    assert f"it hides {baseline}; `random`, which spares the two and draws k, {ours}." in said
+    assert said.count(f"up to {100 * float(lost.split(',')[0]):.1f} points") == 2
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 def kept_on_the_gpu(name: str) -> dict:
