@@ -29,8 +29,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tenso
     cross_entropy = F.cross_entropy(student_logits, labels)
     if alpha == 0:
         return cross_entropy
-    # The spare rows of a padded vocabulary have logits of −inf. Clamped, ln 0 stays a number, and
-    # p_t ln p_t is 0, not nan.
+    # A checkpoint may have logits of −inf, as on spare rows of its vocabulary. Clamped, ln 0 stays
+    # a number, and p_t ln p_t is 0, not nan.
     log_student, log_teacher = (
         F.log_softmax(logits.float() / temperature, dim=-1).clamp(min=torch.finfo().min)
         for logits in (student_logits, teacher_logits))  # (N, V) each
@@ -48,16 +48,16 @@ def init_student(student: nn.Module, teacher: nn.Module, how: str):
 
     how: "embeddings" copies the word, position and token-type embeddings and their LayerNorm;
     "layers" also copies evenly spaced encoder layers, student layer i from teacher layer ⌊i T / S⌋
-    (at T = 2 S every second one, as DistilBERT). Under "embeddings" a `local_start` fits a teacher
-    that had one: its queries and keys are made for positions that are sines. Raises InputError
-    where something does not fit."""
+    (at T = 2 S every second one, as DistilBERT). With "embeddings" give a student the start that
+    its teacher had: `local_start` makes queries and keys for positions that are sines. Raises
+    InputError where something does not fit."""
     if how not in ("embeddings", "layers"):
         raise ValueError(f"unknown how {how!r}: embeddings or layers")
     copy(student.bert.embeddings, teacher.bert.embeddings)
     if how == "layers":
         S, T = len(student.bert.layers), len(teacher.bert.layers)
         heads, its_heads = (bert.config.num_attention_heads for bert in (student, teacher))
-        if S > T or heads != its_heads:  # the shapes would not tell heads apart
+        if S > T or heads != its_heads:  # of other heads the shapes are the same
             raise InputError(f"the student has {S} layers of {heads} heads, the teacher {T} of "
                              f"{its_heads}: choose another --preset or --teacher")
         for i, layer in enumerate(student.bert.layers):

@@ -425,9 +425,9 @@ def adaptation_trainer(args: Namespace, model: nn.Module, tokenizer: Tokenizer, 
 
 
 def adapt(trainer: Trainer, tokenizer: Tokenizer, title: str) -> dict:
-    """Takes the trainer's steps. Returns steps; masked, the share of the ordinary tokens; loss, the
-    last epoch's mean in nats, which compares no strategies, for hard tokens cost more; and for
-    Typhoon the word pieces with the most extreme rates. Raises RunError within 50 steps of a loss
+    """Takes the trainer's steps. Returns `steps`; `masked`, a share of the ordinary tokens; `loss`,
+    the last epoch's mean in nats (no measure of a strategy: hard tokens cost more); for Typhoon
+    the word pieces with the most extreme rates. Raises RunError within 50 steps of a loss
     that is not finite."""
     recipe, texts, results = trainer.recipe, trainer.texts, []
     bar = tqdm(range(recipe.steps), title, leave=False, disable=None)

@@ -5,7 +5,7 @@ for every strategy, so that comparing strategies never means comparing masking r
 
     random        uniformly                                         BERT (Devlin et al. 2018) §3.1
     whole-word    words uniformly, all pieces of a word together    BERT's whole-word models, 2019
-    entropy       where a frozen teacher is most uncertain          [E], external reference model
+    entropy       where a frozen teacher is most uncertain (half)   [E], external reference model
     self-entropy  where the model in training is most uncertain     [E], self-masking
     typhoon       each token at a rate that follows a gradient      [T]
     rarity        the rarest word pieces                            ours, a control for [E]
@@ -76,6 +76,7 @@ def top_k(scores: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
     Where a row has fewer, all of them. scores (B, L), maskable (B, L) bool, k (B,) -> (B, L)."""
     # torch.topk takes one k for all rows, so every row is sorted and its first k[b] ranks are kept.
     # The sort is stable: of equal scores the left one comes first, on every device.
+    # A maskable score of −inf is raised, so that it still comes before what is not maskable.
     scores = scores.float().clamp(min=torch.finfo().min).masked_fill(~maskable, -math.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)  # (B, L), positions by rank
     chosen = torch.arange(scores.shape[1], device=scores.device) < k[:, None]  # (B, L), by rank
@@ -151,8 +152,8 @@ def entropy_mask(entropy: Tensor, maskable: Tensor, rate: float, select: str = "
 def select_positions(scores: Tensor, maskable: Tensor, k: Tensor, select: str,
                      generator: Generator = None) -> Tensor:
     """Returns `entropy_mask` for a given budget k (B,). Raises ValueError on another `select`."""
-    # Of a frozen teacher's entropies the first three choose the same positions every epoch, but for
-    # the rounding of k (static masking, RoBERTa §4.1). `mixed` and `sample` vary.
+    # With a frozen teacher `high`, `low` and `middle` choose the same positions every epoch, but
+    # for the rounding of k (static masking, RoBERTa §4.1). `mixed` and `sample` vary.
     scores = scores.float()
     if select == "high":
         return top_k(scores, maskable, k)
@@ -210,7 +211,7 @@ def masked_entropy(model, batch: "Batch", rate: float, mask_token_id: int,
                    generator: Generator = None) -> Tensor:
     """Returns the entropy of every maskable position while its token is hidden from the model.
 
-    Our second reading of [E]: the entropy at a visible token mostly says how rare the token is.
+    Hidden is our reading of [E]: where the token is seen, entropy says mostly how rare it is.
     Each row's positions are dealt at random into ⌈1/rate⌉ groups, which are masked one after
     another, in as many passes. Returns (B, L) in nats, 0 where nothing is maskable."""
     groups = math.ceil(1 / rate)
@@ -244,8 +245,8 @@ class Typhoon:
     """[T]: a masking rate for each token type, from a moving average of its gradient saliency.
 
     token_counts (V,): how often each type stands at a maskable position of the corpus; rate: the
-    budget, a fraction; spread σ < 1: the lowest rate is (1 − σ) times the highest, while none
-    reaches 1; ema_weight β: the weight of the *new* value in the average."""
+    budget, a fraction; spread σ < 1: the lowest rate is (1 − σ) times the highest, as long as
+    none is cut to 1; ema_weight β: the weight of the *new* value in the average."""
 
     def __init__(self, token_counts: Tensor, rate: float, spread: float = 0.4,
                  ema_weight: float = 0.8):
@@ -269,8 +270,8 @@ class Typhoon:
         # dot is the slope of the loss along the token's one-hot entry. That entry is 1 where the
         # token is visible and 0 where it is masked. To flip it, 1 → 0 or 0 → 1, changes the loss by
         # −dot or +dot, to first order. This is the saliency s ([T]): how far the loss would rise.
-        # The two cases do not say the same. A token that helps the model has s > 0 where visible,
-        # since without it the loss would rise, but s < 0 where masked, since with it it would fall.
+        # So the two have opposite signs: a token that helps the model has s > 0 where visible, for
+        # without it the loss would rise, and s < 0 where masked, for with it the loss would fall.
         s = torch.where(masked, dot, -dot).to(self.totals.dtype) * maskable  # (B, L)
         # One index_add_ in place of a loop over types: a visible token of type v adds itself to
         # column v, a masked one to column V + v; tokens that are not maskable add zeros.

@@ -4,7 +4,7 @@ BERT is Devlin et al. 2018 (arXiv 1810.04805) §3, on the encoder of Vaswani et 
 §3. DistilBERT (Sanh et al. 2019, 1910.01108) is the same without token types, and with a ReLU where
 BERT's pooler has a tanh. A reader of the papers needs the encoder, the heads and the start.
 
-Shapes: B texts, L tokens, H hidden, d = H / heads, V vocabulary, K queries in a text (the positions
+Shapes: B texts, L tokens, H hidden, d = H / heads, V vocabulary, M queries in a text (the positions
 whose output is wanted), N queries in all.
 
     model, tokenizer = load_pretrained("runs/entropy", head="mlm")
@@ -120,24 +120,24 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, query_hidden, hidden, key_mask=None):
-        """What each query reads, (B, K, H).
+        """What each query reads, (B, M, H).
 
-        query_hidden (B, K, H): the hidden states that ask; hidden (B, L, H): those that are read;
+        query_hidden (B, M, H): the hidden states that ask; hidden (B, L, H): those that are read;
         key_mask (B, 1, 1, L): True where a position may be read, None where all may."""
-        q = self.split_heads(self.query(query_hidden))  # (B, heads, K, d)
+        q = self.split_heads(self.query(query_hidden))  # (B, heads, M, d)
         k = self.split_heads(self.key(hidden))  # (B, heads, L, d)
         v = self.split_heads(self.value(hidden))  # (B, heads, L, d)
         dropout = self.dropout.p if self.training else 0.0
         if self.fused and not (dropout and hidden.device.type == "cpu"):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout)
-        else:  # in training on a CPU too: PyTorch has no fused kernel with dropout there
+        else:  # also for dropout on a CPU, for which PyTorch has no fused kernel
             # The dot product of d terms of size 1 has size √d. Divided by √d, scores stay near 1;
             # large ones would saturate the softmax, and its gradient would vanish.
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, heads, K, L)
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, heads, M, L)
             if key_mask is not None:
                 scores = scores.masked_fill(~key_mask, -math.inf)
-            mixed = self.dropout(scores.softmax(dim=-1)) @ v  # (B, heads, K, d)
-        return self.output(mixed.transpose(1, 2).flatten(2))  # (B, K, H)
+            mixed = self.dropout(scores.softmax(dim=-1)) @ v  # (B, heads, M, d)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # (B, M, H)
 
     def split_heads(self, x):
         """(B, L, H) -> (B, heads, L, d): each head has its own slice of the width."""
@@ -161,14 +161,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden, key_mask=None, queries=None):
-        """(B, L, H) -> (B, L, H), or (B, K, H) with queries (B, K): the columns that are wanted.
+        """(B, L, H) -> (B, L, H), or (B, M, H) with queries (B, M): the columns that are wanted.
 
         Every position is read as key and value. Queries, and all that comes after attention, are
         needed only where somebody reads the output."""
         query_hidden = hidden  # (B, L, H)
         if queries is not None:
-            query_hidden = hidden.take_along_dim(queries[..., None], dim=1)  # (B, K, H)
-        attended = self.attention(query_hidden, hidden, key_mask)  # (B, K, H)
+            query_hidden = hidden.take_along_dim(queries[..., None], dim=1)  # (B, M, H)
+        attended = self.attention(query_hidden, hidden, key_mask)  # (B, M, H)
         hidden = self.attention_norm(query_hidden + self.dropout(attended))
         transformed = self.output(F.gelu(self.intermediate(hidden)))
         return self.output_norm(hidden + self.dropout(transformed))
@@ -187,7 +187,7 @@ class Bert(nn.Module):
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None,
                 inputs_embeds=None, queries=None):
-        """Hidden states (B, L, H), or (B, K, H) with queries (B, K), the columns that are wanted.
+        """Hidden states (B, L, H), or (B, M, H) with queries (B, M), the columns that are wanted.
 
         input_ids (B, L), or inputs_embeds (B, L, H) in their place; attention_mask (B, L), 1 on
         tokens and 0 on padding, None where nothing is padded; token_type_ids (B, L)."""
@@ -223,10 +223,10 @@ class MaskedLMHead(nn.Module):
 
 class Queries(NamedTuple):
     """The positions of a batch whose output is wanted. Texts want different numbers of them, but
-    the rows of a tensor have one length, K, the number of the fullest text.
+    the rows of a tensor have one length, M, the number of the fullest text.
 
-    columns (B, K): the wanted columns of each text in order, then others that fill the row.
-    chosen (N,): the numbers of the wanted ones among all B · K, text by text."""
+    columns (B, M): the wanted columns of each text in order, then others that fill the row.
+    chosen (N,): the numbers of the wanted ones among all B · M, text by text."""
     columns: Tensor
     chosen: Tensor
 
@@ -242,13 +242,13 @@ def query_positions(mask: Tensor) -> Queries:
     Queries(columns=tensor([[1, 3],
             [2, 0]]), chosen=tensor([0, 1, 2]))
     """
-    # A shape is known to the host, so the program waits here for the GPU to count K and N: once a
+    # A shape is known to the host, so the program waits here for the GPU to count M and N: once a
     # batch, as student, teacher and targets share its queries.
     count = mask.sum(1)  # (B,)
-    K, N = torch.stack([count.max(), count.sum()]).tolist() if len(mask) else (0, 0)
+    M, N = torch.stack([count.max(), count.sum()]).tolist() if len(mask) else (0, 0)
     # A stable descending sort of 0s and 1s brings the wanted ones to the front, in their order.
-    columns = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :K]
-    wanted = mask.gather(1, columns).flatten()  # (B · K,), False on the columns that fill a row
+    columns = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :M]
+    wanted = mask.gather(1, columns).flatten()  # (B · M,), False on the columns that fill a row
     return Queries(columns, wanted.byte().argsort(descending=True, stable=True)[:N])
 
 
@@ -268,7 +268,7 @@ class BertForMaskedLM(nn.Module):
         inputs = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         if positions is None:
             return self.bert(*inputs)
-        hidden = self.bert(*inputs, queries=positions.columns)  # (B, K, H)
+        hidden = self.bert(*inputs, queries=positions.columns)  # (B, M, H)
         return hidden.flatten(0, 1)[positions.chosen]  # (N, H)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -315,8 +315,8 @@ def init_weights(model: nn.Module, config: BertConfig):
 
     σ is BERT's 0.02 at BERT-base's width H = 768, and proportional to 1 / √H elsewhere (0.049 at
     `tiny`), so that a sum of H products has the same size at every width. A tiny model learns
-    sooner with it. `train.py --plain-start` leaves this σ as it is, and the decoder's bias that
-    train.py sets to word frequencies; it takes away `local_start` alone."""
+    sooner with it. `train.py --plain-start` drops `local_start` (below) alone: this σ stays,
+    and so does the decoder's bias, which train.py sets to the frequencies' logarithms."""
     std = 0.02 * math.sqrt(768 / config.hidden_size)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -334,12 +334,12 @@ def local_start(model: nn.Module):
 
     1. P[t, 2i] = s sin(ω_i t) and P[t, 2i + 1] = s cos(ω_i t), where ω_i = 10000^(−2i / H)
        (Vaswani et al. 2017 §3.5). P[t] · P[u] = s² Σ_i cos(ω_i (t − u)): it depends on the distance
-       of two positions alone, and falls with it.
-    2. W_K = W_Q. A score q · k is then xᵀ Wᵀ W y, which measures how alike the hidden states x and
-       y are (Trockman and Kolter 2023, 2305.09828: trained models come close to this).
-    3. W_Q becomes g W_Q Dᵀ D: the rows of D (32, H) are the directions in which positions differ,
-       so that a score reads of x and y only what lies in them. Without this, equal words, [MASK]
-       above all, would attend to one another wherever they stand.
+       of two positions alone, and on the whole falls with it.
+    2. W_K = W_Q. A score q · k is then xᵀ W_Qᵀ W_Q y: how alike the hidden states x and y are
+       (Trockman and Kolter 2023, 2305.09828: trained models come close to this).
+    3. W_Q becomes g W_Q Dᵀ D, g = QUERY_KEY_SCALE. The rows of D (32, H) are the directions in
+       which positions differ: a score reads of x and y only what lies in them. Without this, equal
+       words, [MASK] above all, would attend to one another wherever they stand.
 
     All of it is trained from the first step on."""
     embeddings = model.bert.embeddings

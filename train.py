@@ -57,7 +57,7 @@ from model import (PRESETS, SPECIAL_TOKENS, BertConfig, BertForMaskedLM, InputEr
                    wordpiece_tokenizer, write_atomic)
 
 EXAM_RATE = 0.15  # masked share of the held-out exam, whatever the run's own rate
-FEW_WORDS, FEW_QUESTIONS = 100_000, 500  # of text, in the exam: below these a run says so
+FEW_WORDS, FEW_QUESTIONS = 100_000, 500  # in the text, in the exam: below these a run says so
 VOCAB_SIZE = 4096  # of a vocabulary of the text's own
 
 
@@ -118,6 +118,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
+    # RoBERTa's β₂ (§3.1), for BERT's 0.999
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
@@ -141,14 +142,14 @@ class Trainer:
 
     All randomness of a step is a function of (seed, rank, step), and the order of the texts one of
     (seed, epoch). So a resumed run goes on exactly as it would have, and stores no generator. (On a
-    GPU, as exactly as its kernels repeat a sum: some add in any order.)"""
+    GPU nearly so: some of its kernels add in any order.)"""
 
     def __init__(self, model: BertForMaskedLM, texts: Texts, strategy: Strategy, recipe: Recipe,
                  teacher: BertForMaskedLM | None = None):
         self.model, self.texts, self.strategy, self.recipe = model, texts, strategy, recipe
         self.teacher = teacher
         self.device = model.head.bias.device
-        self.random = Random(strategy.context)  # stands in before `strategy_start`
+        self.random = Random(strategy.context)  # masks before strategy_start; `strategy` observes
         self.generator = torch.Generator(self.device)
         self.optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay)
         # What a checkpoint holds of a trainer.
@@ -193,6 +194,7 @@ class Trainer:
         (loss * world_size() / masked_in_all).backward()
         if self.strategy.wants_gradient:
             unseen = corrupted != batch.input_ids  # [T]: a kept token is visible although guessed
+            # No parameter, so not averaged over ranks: the factor is still in this gradient.
             self.strategy.observe(batch, unseen, words.grad / world_size())
         return loss.detach()
 
@@ -255,7 +257,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 def pretrain(args: Options, go_on: str = ""):
     """One run, from text to summary. A signal during its steps ends it with everything saved;
-    go_on: what goes on with it then, by default --resume."""
+    go_on: the command that then goes on with it, by default --resume."""
     label, device = strategy_label(args.masking), pick_device(args.device)
     say(f"{label} masking, {args.steps:,} steps: preparing text and model")
     recipe = replace(args, bf16=use_bf16(device, args.bf16))
@@ -491,8 +493,8 @@ class Exam:
     """The questions: batches of held-out windows with a mask each, from a fixed seed, P masked
     positions in all. token_counts (V,): of the training corpus.
 
-    Answers are an array (3, P): the loss (nats), 1 where the guess is right, else 0, and the
-    entropy of the model's prediction (nats)."""
+    Answers are an array (3, P), a row each: the loss (nats); 1 where the guess is right, else 0;
+    the entropy of the model's prediction (nats)."""
 
     def __init__(self, texts: Texts, token_counts: Tensor):
         self.texts, self.token_counts = texts, token_counts
@@ -511,14 +513,14 @@ class Exam:
         answers = torch.zeros(3, len(self.tokens), device=self.tokens.device)
         parts = list(zip(self.questions, answers.split(sizes, dim=1), self.tokens.split(sizes)))
         with evaluating(model), torch.autocast(answers.device.type, torch.bfloat16, enabled=bf16):
-            for (batch, mask), part, tokens in parts[rank()::world_size()]:
-                hidden = batch.input_ids.masked_fill(mask, self.texts.vocab.mask_id)
-                logits = model(hidden, batch.attention_mask, batch.token_type_ids,
+            for (batch, mask), part, tokens in parts[rank()::world_size()]:  # part: a view
+                masked_ids = batch.input_ids.masked_fill(mask, self.texts.vocab.mask_id)
+                logits = model(masked_ids, batch.attention_mask, batch.token_type_ids,
                                positions=query_positions(mask)).float()  # (N, V)
                 part[0] = F.cross_entropy(logits, tokens, reduction="none")
                 part[1] = logits.argmax(-1) == tokens
                 part[2] = token_entropy(logits)
-        # Only the rank that took a batch has other numbers than zeros for it.
+        # A batch's answers are zeros but on the rank that took it: the sum gathers them.
         return reduce_sum(answers).cpu().double().numpy()
 
     def frequency_alone(self) -> np.ndarray:

@@ -220,7 +220,7 @@ written.
 - An exercise has {CPU_SECONDS} seconds. Code that prints, exits, writes files or starts programs
   has no points: take such lines out.
 - "Ours" marks a definition that is this project's, because the paper leaves it open or its text was
-  not at hand. B is the batch, L tokens, K and N chosen tokens, H the width, V the vocabulary.
+  not at hand. B is the batch, L tokens, M and N chosen tokens, H the width, V the vocabulary.
 - [E] is Srinivasagan et al. 2026, arXiv 2605.28526; [T] is Abdurrahman et al., arXiv 2303.15619.\
 """]
     parts += [described(exercise, [*exercises, *solved]) for exercise in exercises]

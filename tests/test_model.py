@@ -71,8 +71,8 @@ def test_fused_attention_is_the_formula(padded):
 
 
 def attention_in_loops(attention, asking, hidden, readable):
-    """Vaswani et al. 2017 §3.2 for one text, number by number: asking (K, H), hidden (L, H) and
-    readable (L,) bool -> (K, H)."""
+    """Vaswani et al. 2017 §3.2 for one text, number by number: asking (M, H), hidden (L, H) and
+    readable (L,) bool -> (M, H)."""
     def project(linear, x):
         return x @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
 
@@ -93,8 +93,8 @@ def attention_in_loops(attention, asking, hidden, readable):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("K", [5, 2])
-def test_attention_is_the_papers_formula_in_loops(fused, K):
+@pytest.mark.parametrize("M", [5, 2])
+def test_attention_is_the_papers_formula_in_loops(fused, M):
     """Two heads of width 3, five tokens, some unreadable, all or two of them asking."""
     torch.manual_seed(0)
     attention = SelfAttention(small(hidden_size=6)).eval()
@@ -103,10 +103,10 @@ def test_attention_is_the_papers_formula_in_loops(fused, K):
         torch.nn.init.normal_(p)
     hidden = torch.randn(3, 5, 6)
     readable = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 1, 0, 0, 0]]).bool()
-    got = attention(hidden[:, -K:], hidden, readable[:, None, None])
+    got = attention(hidden[:, -M:], hidden, readable[:, None, None])
     for b in range(3):
         numbers = hidden[b].double().numpy()
-        expected = attention_in_loops(attention, numbers[-K:], numbers, readable[b])
+        expected = attention_in_loops(attention, numbers[-M:], numbers, readable[b])
         np.testing.assert_allclose(got[b].detach(), expected, rtol=1e-4, atol=1e-5)
 
 

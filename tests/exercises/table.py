@@ -58,8 +58,8 @@ uniform over the ordinary word pieces: those from 0 to `vocab_size` − 1 that a
         3, "Attention", "model.py", ("SelfAttention.forward",), "Vaswani et al. 2017 §3.2", """
 In each head softmax(Q Kᵀ / √d) V, where d is the width of one head; the heads side by side, then
 the output layer. `key_mask` is True where a key may be read; a hidden key has weight 0. Dropout
-falls on the attention weights, in training alone. `query_hidden` (B, K, H) asks and `hidden`
-(B, L, H) answers: the same tensor in most layers, and K positions of it in the last. Every row has
+falls on the attention weights, in training alone. `query_hidden` (B, M, H) asks and `hidden`
+(B, L, H) answers: the same tensor in most layers, and M positions of it in the last. Every row has
 a key that may be read. The class's `fused` is for the course's own solution: let it be.""",
         8, 90, 2, (
             "Bring q, k and v to (B, heads, tokens, d) first.",
@@ -74,8 +74,8 @@ a key that may be read. The class's `fused` is for the course's own solution: le
     x = LayerNorm(hidden + Dropout(Attention(hidden)))
     y = LayerNorm(x + Dropout(W₂ GELU(W₁ x)))
 
-with `attention_norm` first and `output_norm` last. With `queries` (B, K), column numbers for each
-row, the result is y at those columns alone, (B, K, H); all of `hidden` is read still.""",
+with `attention_norm` first and `output_norm` last. With `queries` (B, M), column numbers for each
+row, the result is y at those columns alone, (B, M, H); all of `hidden` is read still.""",
         5, 40, 1, (
             "Dropout falls on what is added, not on the sum.",
             "`Tensor.gather` takes another set of columns from each row."),

@@ -351,7 +351,7 @@ def test_asked_for_columns_are_the_same_columns():
     layer, hidden = block(), hidden_states(2, 5, 12)
     columns = torch.tensor([[3, 1], [0, 4]])
     got = layer(hidden, queries=columns)
-    assert got.shape == (2, 2, 12), f"block: with queries (B, K) the result is {tuple(got.shape)}"
+    assert got.shape == (2, 2, 12), f"block: with queries (B, M) the result is {tuple(got.shape)}"
     expected = torch.stack([layer(hidden)[row, columns[row]] for row in range(2)])
     assert near(got, expected), "block: with queries the result is not the full result's columns"
 
