@@ -408,7 +408,8 @@ def adaptation_trainer(args: Namespace, model: nn.Module, tokenizer: Tokenizer, 
     """train.py's trainer for the masked LM of --model, on the task's training text, with the
     strategy --adapt. model: the classifier, whose head Typhoon's probe copies."""
     texts, kind, table = train.texts, find_strategy(args.adapt), None
-    mlm = load_pretrained(args.model, "mlm", dropout=args.dropout)[0]
+    mlm = load_pretrained(args.model, "mlm", dropout=args.dropout,
+                          whole=kind.needs_teacher and not args.teacher)[0]
     mlm.to(texts.input_ids.device).train()
     if kind.needs_teacher:
         teacher = frozen_teacher(mlm, tokenizer, args.teacher)

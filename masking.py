@@ -655,10 +655,10 @@ def main(argv=None):
     if not (args.model or runs):
         raise InputError("there is no run here yet: run train.py first, or give --model")
     source = args.model or str(runs[-1].parent)
-    model, tokenizer = load_pretrained(source, "mlm")
+    model, tokenizer = load_pretrained(source, "mlm", whole=True)
     settings = Path(source) / "train_args.json"
     teacher_name = read_json(settings).get("teacher") if settings.exists() else None
-    teacher = load_pretrained(teacher_name, "mlm")[0] if teacher_name else model
+    teacher = load_pretrained(teacher_name, "mlm", whole=True)[0] if teacher_name else model
     names = [*STRATEGIES, args.masking] if args.masking else [*STRATEGIES]
     text = args.text.encode(errors="surrogateescape").decode(errors="replace")  # from any shell
     pieces, columns = demo(text, model.eval(), tokenizer, teacher.eval(), args.mask_rate,

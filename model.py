@@ -373,7 +373,7 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
 
     head: "mlm" or "classification"; num_labels: the checkpoint's by default, or else 2; dropout
     replaces both of the checkpoint's. A head that it lacks starts fresh, and a line says so;
-    whole=True refuses this: a teacher with a fresh head would teach noise. Raises InputError."""
+    whole=True refuses this: a fresh head's guesses are noise. Raises InputError."""
     directory = find_pretrained(str(name_or_dir))
     fields, weights = read_json(directory / "config.json"), read_weights(directory)
     try:
@@ -396,7 +396,7 @@ def load_pretrained(name_or_dir: str, head: str, num_labels: int | None = None,
                          f"{config.vocab_size:,}: they do not belong together")
     missing = from_hf(model, weights, str(directory))
     if missing and whole:
-        raise InputError(f"{directory} has no whole masked-LM head: a teacher needs one")
+        raise InputError(f"{directory} has no whole masked-LM head: its guesses would be noise")
     if missing:
         log.info("%s: %s head freshly initialised: %s", directory, head, ", ".join(missing))
     return model, tokenizer

@@ -378,6 +378,9 @@ def provenance_notes(rows: list[Row]) -> list[str]:
             if first != row.seed and ("{seed}" in model or row.task == "mlm"):
                 raise InputError(f"{model}, {row.strategy}: seeds {first} and {row.seed} have the "
                                  "same weights, and a copy is no independent seed: remove one")
+            if first != row.seed and "{masking}" in model:
+                notes.append(f"{model}: a strategy's seeds share one pretrained model, and the "
+                             "intervals are given these models; put {seed} into the pattern")
             if teacher := (row.run.get("pretraining") or {}).get("teacher_weights"):
                 teachers.setdefault(row.seed, set()).add(teacher)
         notes += [f"{model}: its strategies had different teachers for seed {seed}"
@@ -765,7 +768,11 @@ def plan(*, tasks: list[str], models: list[str], strategies: list[tuple], seeds:
             if not is_pretraining:
                 raise InputError(f"--tasks mlm compares pretraining, and --models {model} has no "
                                  "{masking}: give a pattern such as 'runs/{masking}-{seed}'")
-            if not output.exists():
+            if output.exists() and weights.exists():
+                glue.refuse_difference(output, read_json(output),
+                                       {"weights": weights_digest(checkpoint)}, {"weights"},
+                                       "choose another --out, or delete that file")
+            elif not output.exists():
                 exams[output] = {"model": str(checkpoint), "strategy": label, "pattern": model,
                                  "seed": seed}
             continue
@@ -801,7 +808,7 @@ def refuse_another_model(directory: Path, args: train.Options, output: Path | No
     if before:
         now = json.loads(json.dumps(vars(args)))  # as a file has it
         now["teacher"] = args.teacher or args.init
-        names = now.keys() - IGNORED - {"device"}
+        names = now.keys() - (IGNORED - {"seed"}) - {"device"}
         if not train.uses_teacher(args):
             names -= {"teacher", "teacher_steps"}
         glue.refuse_difference(where, before, now, names, "choose other --models, or delete it")

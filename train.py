@@ -310,12 +310,16 @@ def pretrain(args: Options, go_on: str = ""):
     args = replace(args, out=args.out or free_directory(args))
     barrier()  # every rank has found the same name before rank 0 makes it
     run = Path(args.out)
-    settings = vars(args) | {"resume": None, "windows": texts.digest(), "ranks": world_size(),
+    settings = vars(args) | {"resume": None, "ranks": world_size(),
+                             "windows": [texts.digest(), held_out.digest()],
                              "ran_on": f"{device.type}, {'bf16' if recipe.bf16 else 'float32'}",
                              "teacher_weights": teacher_weights, "versions": versions()}
     state = {"step": 0, "seconds": 0.0, "log": [], "results": torch.zeros(args.steps, 4)}
     if args.resume:
         state |= load_checkpoint(run, trainer, settings)
+        before = read_json(run / "train_args.json").get("ran_on") or settings["ran_on"]
+        if not before.endswith(settings["ran_on"]):
+            settings["ran_on"] = f"{before}, then {settings['ran_on']}"
     if rank() == 0:
         write_atomic(run / "train_args.json", json.dumps(settings, indent=1) + "\n")
     say(f"{run}: {words:,} words; {len(texts):,} windows of {args.seq_len} tokens to learn from, "
@@ -1085,8 +1089,8 @@ def use_bf16(device: torch.device, asked: bool | None) -> bool:
     """Returns what was asked for; by default (None), whether this is a GPU that has bfloat16."""
     if asked is not None:
         return asked
-    # Emulated, as on a T4, it is slower than float32.
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    # NVIDIA's have it from 8.0 on. Emulated, as on a T4 (7.5), it is slower than float32.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # --- the command line -----------------------------------------------------------------------------

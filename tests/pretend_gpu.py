@@ -183,7 +183,7 @@ def pretended_gpu():
                 (torch._C, "_group_tensors_by_device_and_dtype", grouped),
                 (torch, "set_float32_matmul_precision", lambda precision: None),
                 (torch.cuda, "get_device_name", lambda device: "a pretended GPU"),
-                (torch.cuda, "is_bf16_supported", lambda including_emulation: False)]
+                (torch.cuda, "get_device_capability", lambda device: (7, 5))]
     overwrite = torch.__future__.set_overwrite_module_params_on_conversion
     with ExitStack() as stack:
         for replacement in replaced:

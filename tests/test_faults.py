@@ -270,11 +270,13 @@ CASES = {
         ("'the cat' --model nowhere", "nowhere is not a model directory"),
         ("'' --model model", "no word to mask"), ("zzz\udcff --model model", "no word to mask"),
         ("'the cat' --model model --mask-rate 1", "--mask-rate: 1 is not"),
+        ("'the cat' --model headless", "no whole masked-LM head"),
         ("'the cat' --model model --seed -1", "--seed: -1 is not"),
         ("'the cat' --model model --masking rnd", "'rnd' is unknown: choose from random"),
         ("'the cat' --model model --masking no.py:Mine", "no.py cannot be imported: FileNotFound"),
         ("'the cat' --model demo", "demo/train_args.json is not a JSON object")],
     glue: [
+        (f"--model headless {SST2} sst2 --adapt entropy", "no whole masked-LM head"),
         ("--model model", "the following arguments are required: --task"),
         (f"{SST2} sst2", "required: --model"),
         ("--model model --task mrcp", "argument --task: invalid choice: 'mrcp'"),

@@ -523,6 +523,13 @@ def test_one_backbone_with_several_fine_tuning_seeds_is_fine_unless_it_changed(t
     assert "m: m was trained again between its runs" in notes_of(tmp_path)
 
 
+def test_intervals_are_said_to_be_given_the_one_model_of_each_strategy(tmp_path):
+    for name, seed in product(("random", "entropy"), range(2)):
+        write_run(tmp_path, name, seed, 0.5, weights=name, model=name,
+                  pattern="{masking}")
+    assert any("seeds share one pretrained model" in note for note in notes_of(tmp_path))
+
+
 def test_intervals_are_said_to_be_given_the_one_teacher(tmp_path):
     for seed in range(3):
         write_pretrained(tmp_path, "entropy", seed, teacher="one")
@@ -966,6 +973,7 @@ def test_children_end_with_the_sweep(tmp_path, commands, number):
 
 
 PATTERN = "runs/{masking}-{seed}"
+TEACHER_SEED = ["--seed", str(train.TEACHER_SEEDS)]  # of seed 0
 
 
 def planned(*strategies, tasks=("cola",), models=(PATTERN,), seeds=(0,), **options):
@@ -1036,8 +1044,8 @@ def test_a_teacher_that_is_named_for_all_is_not_made(here):
 
 def test_what_is_there_is_not_made_again_and_an_interrupted_model_goes_on(here):
     pretrained("runs/random-0")
-    pretrained("runs/random-1", weights="")
-    pretrained("runs/teacher-0", "--steps", "2400")
+    pretrained("runs/random-1", "--seed", "1", weights="")
+    pretrained("runs/teacher-0", "--steps", "2400", *TEACHER_SEED)
     Path("out").mkdir()
     Path("out/cola--runs-masking-seed--random--0.json").touch()
     teachers, models, runs, _ = planned("random", "entropy", seeds=(0, 1), pretrain=[])
@@ -1050,12 +1058,14 @@ def test_what_is_there_is_not_made_again_and_an_interrupted_model_goes_on(here):
 
 
 @pytest.mark.parametrize("place, options", [
-    ("runs/random-0", ["--steps", "100"]), ("runs/entropy-0", ["--masking", "random"]),
-    ("runs/teacher-0", ["--steps", "100"])])
+    ("runs/random-0", ["--steps", "100"]), ("runs/random-0", ["--seed", "1"]),
+    ("runs/entropy-0", ["--masking", "random"]),
+    ("runs/teacher-0", ["--steps", "100", *TEACHER_SEED]),
+    ("runs/teacher-0", ["--seed", "0", "--steps", "2400"])])  # its student's first weights
 @pytest.mark.parametrize("weights", ["weights", ""])
 def test_a_model_of_other_options_is_not_taken_for_the_sweeps(here, place, options, weights):
     pretrained(place, *options, weights=weights)
-    option, value = options
+    option, value = options[:2]
     said = rf"{place} holds a run that differs in {option[2:]} \({value} there, "
     with pytest.raises(InputError, match=said):
         planned("random", "entropy", pretrain=[])
@@ -1084,6 +1094,17 @@ def test_the_result_of_a_model_that_is_gone_is_not_taken_for_anothers(here):
     assert planned("random", pretrain=[]) == [{}, {}, {}, {}]
     with pytest.raises(InputError, match=r"differs in steps \(1400 there, 800 here\)"):
         planned("random", pretrain=["--steps", "800"])
+
+
+def test_the_exam_of_a_model_that_was_made_again_is_not_taken_for_its_own(here):
+    pretrained("runs/random-0")
+    (output,) = planned("random", tasks=["mlm"], pretrain=[])[3]
+    Path("out").mkdir()
+    output.write_text(json.dumps({"weights": stats.weights_digest("runs/random-0")}))
+    assert planned("random", tasks=["mlm"], pretrain=[]) == [{}, {}, {}, {}]
+    Path("runs/random-0/model.safetensors").write_text("others")
+    with pytest.raises(InputError, match="differs in weights"):
+        planned("random", tasks=["mlm"], pretrain=[])
 
 
 def test_a_pattern_without_seed_has_no_model_for_two(here):

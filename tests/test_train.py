@@ -530,11 +530,18 @@ def test_a_run_goes_on_with_its_own_text_and_teacher_alone(corpus, tmp_path, mon
     train.main(["--masking", "entropy", "--corpus", "text.txt", *SMALL, "--out", "run"])
     before, teachers = weights("run"), list(Path("runs").iterdir())
     Path("run/checkpoint.pt").unlink()
+    settings = Path("run/train_args.json").read_text()
+    Path("run/train_args.json").write_text(settings.replace("cpu, float32", "cuda, bf16"))
     train.main(["--resume", "run"])
     assert weights("run") == before and list(Path("runs").iterdir()) == teachers
-    Path("text.txt").write_text(corpus.read_text().replace("cat", "dog"))
-    with pytest.raises(InputError, match="its corpus, vocabulary or teacher is not what it was"):
-        train.main(["--resume", "run"])
+    assert '"ran_on": "cuda, bf16, then cpu, float32"' in Path("run/train_args.json").read_text()
+    documents = corpus.read_text().split("\n\n")
+    held_out = next(text for text in documents if train.draw(f"1 {text}") < train.HELD_OUT)
+    for changed in (corpus.read_text().replace("cat", "dog"),
+                    "\n\n".join(text for text in documents if text != held_out)):  # another exam
+        Path("text.txt").write_text(changed)
+        with pytest.raises(InputError, match="its corpus, vocabulary or teacher is not what it"):
+            train.main(["--resume", "run"])
     Path("text.txt").write_bytes(corpus.read_bytes())
     train.main(["--corpus", "text.txt", *SMALL, "--seed", "1", "--out", "other"])
     shutil.copy("other/model.safetensors", teachers[0])
