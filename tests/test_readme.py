@@ -332,8 +332,8 @@ def test_the_table_of_the_two_starts_is_that_of_its_runs():
             for name, seeds in panels["plain"]["curves"].items()}
     distilled = min(min(found) for name, found in ends.items() if name.endswith("-kd"))
     others = max(max(found) for name, found in ends.items() if not name.endswith("-kd"))
-    assert len(steps_of_distilled) == 6
-    assert (f"All six distilled models leave it, between steps {min(steps_of_distilled):,} and "
+    assert len(steps_of_distilled) == 10
+    assert (f"All ten distilled models leave it, between steps {min(steps_of_distilled):,} and "
             f"{max(steps_of_distilled):,}; the worst of them guesses {distilled:.3f}, the best "
             f"other model {others:.3f}") in " ".join(FINDINGS.split())
 
