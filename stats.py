@@ -808,7 +808,7 @@ def refuse_another_model(directory: Path, args: train.Options, output: Path | No
     if before:
         now = json.loads(json.dumps(vars(args)))  # as a file has it
         now["teacher"] = args.teacher or args.init
-        names = now.keys() - (IGNORED - {"seed"}) - {"device"}
+        names = now.keys() - IGNORED - {"device"} | {"seed"}  # a directory is one seed's
         if not train.uses_teacher(args):
             names -= {"teacher", "teacher_steps"}
         glue.refuse_difference(where, before, now, names, "choose other --models, or delete it")

@@ -312,14 +312,15 @@ def pretrain(args: Options, go_on: str = ""):
     run = Path(args.out)
     settings = vars(args) | {"resume": None, "ranks": world_size(),
                              "windows": [texts.digest(), held_out.digest()],
-                             "ran_on": f"{device.type}, {'bf16' if recipe.bf16 else 'float32'}",
                              "teacher_weights": teacher_weights, "versions": versions()}
-    state = {"step": 0, "seconds": 0.0, "log": [], "results": torch.zeros(args.steps, 4)}
+    ran_on = f"{device.type}, {'bf16' if recipe.bf16 else 'float32'}"
+    state = {"step": 0, "seconds": 0.0, "log": [], "results": torch.zeros(args.steps, 4),
+             "ran_on": ran_on}
     if args.resume:
         state |= load_checkpoint(run, trainer, settings)
-        before = read_json(run / "train_args.json").get("ran_on") or settings["ran_on"]
-        if not before.endswith(settings["ran_on"]):
-            settings["ran_on"] = f"{before}, then {settings['ran_on']}"
+        if not state["ran_on"].endswith(ran_on):
+            state["ran_on"] += f", then {ran_on}"
+    settings["ran_on"] = state["ran_on"]
     if rank() == 0:
         write_atomic(run / "train_args.json", json.dumps(settings, indent=1) + "\n")
     say(f"{run}: {words:,} words; {len(texts):,} windows of {args.seq_len} tokens to learn from, "

@@ -525,8 +525,7 @@ def test_one_backbone_with_several_fine_tuning_seeds_is_fine_unless_it_changed(t
 
 def test_intervals_are_said_to_be_given_the_one_model_of_each_strategy(tmp_path):
     for name, seed in product(("random", "entropy"), range(2)):
-        write_run(tmp_path, name, seed, 0.5, weights=name, model=name,
-                  pattern="{masking}")
+        write_run(tmp_path, name, seed, 0.5, weights=name, model=name, pattern="{masking}")
     assert any("seeds share one pretrained model" in note for note in notes_of(tmp_path))
 
 
