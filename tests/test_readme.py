@@ -341,7 +341,10 @@ def test_the_table_of_the_two_starts_is_that_of_its_runs():
 def test_on_english_the_distilled_models_and_one_other_leave_the_plateau():
     panel = json.loads((RESULTS / "english-curves.json").read_text())["english-start"]
     left = {name: [curves.left_plateau(points, panel["frequency"]) for points in seeds.values()]
-            for name, seeds in panel["curves"].items() if name.startswith("plain-")}
+            for name, seeds in panel["curves"].items()}
+    local = [step for name in ("random", "entropy", "self-entropy", "random-kd")
+             for step in left.pop(name)]
+    assert len(local) == 12 and f"all twelve by step {max(local):,}." in " ".join(FINDINGS.split())
     steps = left.pop("plain-random-kd")
     ends = [points[-1][1] for points in panel["curves"]["plain-random-kd"].values()]
     said = (f"The three distilled models leave it between steps {min(steps):,} and "
@@ -355,6 +358,16 @@ def test_on_english_the_distilled_models_and_one_other_leave_the_plateau():
     end = max(points[-1][1] for points in panel["curves"][name].values())
     assert (f"`self-entropy` does with one of three, at step {step:,}, and that model ends at "
             f"{end:.3f}") in " ".join(FINDINGS.split())
+
+
+def test_what_another_processor_changes():
+    again = json.loads((RESULTS / "english-random-0-again.json").read_text())
+    file, = (RESULTS / "english-start").glob("mlm--*-seed--random--0.json")
+    first = json.loads(file.read_text())
+    same = set(SETTINGS) - {"teacher_steps"}  # random masks need no teacher
+    assert all(again["args"][name] == first["args"][name] for name in same | {"seed", "masking"})
+    said = "guesses {:.3f}, not {:.3f}".format(*(run["last"]["accuracy"] for run in (again, first)))
+    assert said in " ".join(FINDINGS.split())
 
 
 def test_what_the_baseline_of_2023_hides_and_may_cost():
