@@ -272,6 +272,14 @@ def test_another_python_gives_the_same_within_two_points():
     assert "XX" not in README
 
 
+def test_another_processor_gives_the_same_within_two_points():
+    path = RESULTS / "first-command" / "another-processor.json"
+    run, other = first_command("3.11.7"), json.loads(path.read_text(encoding="utf-8"))
+    assert other["versions"] == run["versions"]
+    assert f"another processor {other['last']['accuracy']:.1%}" in " ".join(README.split())
+    assert other["last"]["accuracy"] == pytest.approx(run["last"]["accuracy"], abs=0.02)
+
+
 SETTINGS = ("steps", "teacher_steps", "batch_size", "lr", "mask_rate", "seq_len", "preset")
 
 
