@@ -3,7 +3,7 @@
 # goes on where it was. The JSON files that it ends with are kept in tests/data/results.
 #
 #     bash tests/evidence.sh strategies     nine ways to mask, five seeds              4 h on a core
-#     bash tests/evidence.sh start          random masks from BERT's own start         20 min
+#     bash tests/evidence.sh start          random masks from a start like BERT's      20 min
 #     bash tests/evidence.sh plain          ten ways from both starts                  160 min more
 #     bash tests/evidence.sh plateau        six of these on GLUE                       40 min
 #     bash tests/evidence.sh english        pretraining on English, then GLUE          6 h
