@@ -10,7 +10,7 @@
 #     bash tests/evidence.sh english-start  the same there, and self-entropy           16 h
 #     bash tests/evidence.sh adaptation     [T]'s pipeline on a pretrained encoder     5 h
 #     bash tests/evidence.sh specials       its random baseline of 2023                4 h on a core
-#     bash tests/evidence.sh longer         that and random masks for 12 epochs        not run yet
+#     bash tests/evidence.sh longer         that and random masks for 12 epochs        5 h on a core
 #
 # A part makes the models that it needs unless they are there; but plateau wants plain first. The
 # kept runs of english are of older settings: it would make others. plain and english-start draw the
