@@ -846,8 +846,8 @@ def run_stage(commands: dict[Path, list[str]], parallel: int) -> list[str]:
         log = Path(f"{name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file:
-            ended = subprocess.run([sys.executable, "-c", CHILD, *command[1:]], env=environment,
-                                   stdin=reader, stdout=file, stderr=file)
+            ended = subprocess.run([sys.executable, "-uc", CHILD, *command[1:]], env=environment,
+                                   stdin=reader, stdout=file, stderr=file)  # -u: in order
         if ended.returncode == 0 and output.exists():
             print(f"{name} is done", flush=True)
             return None

@@ -899,7 +899,8 @@ def test_a_stage_makes_each_output_and_keeps_what_was_said(tmp_path, commands, m
     assert [line[2] for line in started(tmp_path)] == [str(threads)] * 4
 
 
-def test_a_failure_stops_no_other_and_its_last_line_is_the_reason(tmp_path, commands):
+def test_a_failure_stops_no_other_and_its_last_line_is_the_reason(tmp_path, commands, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # it would put the log's lines in order
     failing = list(commands(5, "--fail", "first\nout of luck").items())[3:]
     assert stats.run_stage(commands(5) | dict(failing), parallel=2) == ["out of luck"] * 2
     assert sorted(contents(tmp_path / "out")) == [f"run-{i}.json" for i in range(3)]
