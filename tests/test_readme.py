@@ -223,14 +223,14 @@ def test_so_many_seeds_would_find_half_a_point_of_glue():
 
 # --- the first command ----------------------------------------------------------------------------
 
-def first_command(python: str) -> dict:
-    """The kept exam.json of the README's first command, with its teacher's metrics."""
-    path = RESULTS / "first-command" / f"python-{python}.json"
+def first_command(name: str) -> dict:
+    """A kept exam.json of the README's first command, with its teacher's metrics."""
+    path = RESULTS / "first-command" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_the_readme_shows_what_its_first_command_printed():
-    run = first_command("3.11.7")
+    run = first_command("python-3.11.7")
     assert run["versions"]["python"] == "3.11.7" and "With Python 3.11.7" in README
     block, = re.findall(r"```\n(runs/entropy: .*?)```", README, flags=re.S)
     for title, metrics in (("word-piece frequency alone", run["baseline"]),
@@ -262,7 +262,7 @@ def test_what_it_was_worth_to_start_from_the_teachers_first_weights():
 
 
 def test_another_python_gives_the_same_within_two_points():
-    run, other = first_command("3.11.7"), first_command("3.11.2")
+    run, other = first_command("python-3.11.7"), first_command("python-3.11.2")
     assert other["versions"]["python"] == "3.11.2"
     said = re.search(r"Python 3\.11\.2 .*? teacher (.{4})%, this model (.{4})%",
                      " ".join(README.split()))
@@ -273,8 +273,7 @@ def test_another_python_gives_the_same_within_two_points():
 
 
 def test_another_processor_gives_the_same_within_two_points():
-    path = RESULTS / "first-command" / "another-processor.json"
-    run, other = first_command("3.11.7"), json.loads(path.read_text(encoding="utf-8"))
+    run, other = first_command("python-3.11.7"), first_command("another-processor")
     assert other["versions"] == run["versions"]
     assert f"another processor {other['last']['accuracy']:.1%}" in " ".join(README.split())
     assert other["last"]["accuracy"] == pytest.approx(run["last"]["accuracy"], abs=0.02)
@@ -285,10 +284,10 @@ SETTINGS = ("steps", "teacher_steps", "batch_size", "lr", "mask_rate", "seq_len"
 
 def test_the_first_commands_kept_runs_have_todays_defaults():
     defaults = vars(train.parse_args(["--masking", "entropy"]))
-    for python in ("3.11.7", "3.11.2"):
-        args = first_command(python)["args"]
-        assert {name: args[name] for name in SETTINGS} == {name: defaults[name]
-                                                           for name in SETTINGS}
+    for name in ("python-3.11.7", "python-3.11.2", "another-processor"):
+        args = first_command(name)["args"]
+        assert [args[setting] for setting in SETTINGS] == [defaults[setting]
+                                                           for setting in SETTINGS]
 
 
 @PAGES
