@@ -352,15 +352,13 @@ def test_on_english_the_distilled_models_and_one_other_leave_the_plateau():
     local = [step for name in ("random", "entropy", "self-entropy", "random-kd")
              for step in left.pop(name)]
     assert len(local) == 12 and f"all twelve by step {max(local):,}." in " ".join(FINDINGS.split())
-    by_masks = []
-    for name in ("plain-random-kd", "plain-entropy-kd"):
-        ends = [points[-1][1] for points in panel["curves"][name].values()]
-        steps = "{:,}, {:,} and {:,}".format(*left.pop(name))
-        by_masks.append((steps, "{:.3f}, {:.3f} and {:.3f}".format(*ends)))
-    (steps, ends), (steps_of_entropy, ends_of_entropy) = by_masks
-    said = (f"The six distilled models leave it at steps {steps} (random masks) and "
-            f"{steps_of_entropy} (entropy masks), with one exam every 800 steps, and so end far "
-            f"apart: they guess {ends}; {ends_of_entropy}.")
+    distilled = {name: left.pop(name) for name in ("plain-random-kd", "plain-entropy-kd")}
+    steps = ["{:,}, {:,} and {:,}".format(*found) for found in distilled.values()]
+    ends = ["{:.3f}, {:.3f} and {:.3f}".format(*(points[-1][1] for points in seeds.values()))
+            for seeds in map(panel["curves"].get, distilled)]
+    said = (f"The six distilled models leave it at steps {steps[0]} (random masks) and {steps[1]} "
+            "(entropy masks), with one exam every 800 steps, and so end far apart: they guess "
+            f"{ends[0]}; {ends[1]}.")
     assert said in " ".join(FINDINGS.split())
     assert "of nine models without it one does in 8,000 steps" in " ".join(FINDINGS.split())
     (name, step), = [(name, step) for name, found in left.items() for step in found if step]
