@@ -8,7 +8,7 @@
 #     bash tests/evidence.sh plateau        six of these on GLUE                       40 min
 #     bash tests/evidence.sh english        pretraining on English, then GLUE          6 h
 #     bash tests/evidence.sh english-start  the same there, and three more            17 h
-#     bash tests/evidence.sh english-long   30,000 steps from a start like BERT's      70 min, 2 of its 9
+#     bash tests/evidence.sh english-long   30,000 steps from a start like BERT's      70 min: 2 of 9
 #     bash tests/evidence.sh adaptation     [T]'s pipeline, its baseline of 2023       7 h
 #     bash tests/evidence.sh specials       that and random masks in fp32              4 h on a core
 #     bash tests/evidence.sh longer         the same for 12 epochs                     5 h on a core
